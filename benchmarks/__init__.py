@@ -1,0 +1,22 @@
+"""What our parts cost next to a peer, measured in the same run; numbers in the docs come from here.
+
+A benchmark is one module with `run(quick: bool) -> dict[str, object]` and one line in `BENCHMARKS`.
+Its result says under `rounds` how many rounds it took.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One line of the table: the name on the command line, the module that measures, what it answers."""
+
+    name: str
+    module: str
+    question: str
+
+
+BENCHMARKS = (
+    Benchmark("fd", "benchmarks.fd", "what a write to a captured fd costs next to a plain redirect"),
+    Benchmark("attach", "benchmarks.attach", "what attaching adds to a worker's start"),
+)

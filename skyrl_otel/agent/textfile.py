@@ -1,0 +1,515 @@
+"""One text file of a writer: how far it is seen, sent and acknowledged, and the records between.
+
+Three offsets, acked <= sent <= seen. What lies below `acked` may be punched; what lies below `sent` is in a request that is
+under way; `seen` is the newest time mark. Nothing is buffered: unsent bytes are read again from the file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from skyrl_otel.agent import assemble, otlp
+from skyrl_otel.agent.assemble import Piece, State
+from skyrl_otel.spool.checkpoint import Position
+from skyrl_otel.spool.decisions import Decision
+from skyrl_otel.spool.layout import open_file, punch
+
+PARTIAL_S = 1.0
+"""A partial line older than this is sent as it is and continued later."""
+
+_READ_BYTES = 2 * assemble.PART_BYTES
+"""Enough to always hold a whole line or the part of one."""
+
+_RECORD_OVERHEAD = 200
+"""Bytes of a record beyond its line, and a little more: bounds a request made of very short lines."""
+
+_TAIL_BYTES = 64
+_PUNCH_BYTES = 1 << 20
+_BLOCK = 4096
+
+TEXT_SCOPE = otlp.scope("skyrl_otel.text")
+
+_MARKER = re.compile(rb":(?:job_id|actor_name|task_name):|skyrl-otel: output of this actor is recorded")
+_ATTRIBUTES = {
+    "out": otlp.attributes({"log.iostream": "stdout"}),
+    "err": otlp.attributes({"log.iostream": "stderr"}),
+}
+_LAST = otlp.attributes({"skyrl.part.last": True})
+_TORN = otlp.attributes({"skyrl.torn": True})
+
+Decide = Callable[[str, int, int, str, object], Decision]
+"""Journal a decision: (file, generation, offset, kind, value)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Records of one file under one identity, and the move of `sent` they stand for."""
+
+    identity_seq: int
+    records: tuple[bytes, ...]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`to` becomes the acknowledged position of `file` when the request that holds [before, to) is accepted."""
+
+    file: TextFile
+    before: Position
+    to: Position
+
+
+class TextFile:
+    """`followed` files belong to somebody else: they are found by path, may rotate, and are never punched."""
+
+    def __init__(
+        self,
+        writer_id: str,
+        name: str,
+        path: Path,
+        decide: Decide,
+        *,
+        followed: bool = False,
+        first_offset: int = 0,
+        skip_markers: bool = False,
+        inode: tuple[int, int] | None = None,
+    ) -> None:
+        self.writer_id = writer_id
+        self.name = name
+        self.path = path
+        self.followed = followed
+        self.skip_markers = skip_markers
+        self.acked = Position(0, first_offset)
+        self.sent = self.acked
+        self.seen = first_offset
+        self.held = False
+        self.marks: list[Decision] = []
+        self.cuts: list[Decision] = []
+        self.identities: list[Decision] = []
+        self.losses: list[Decision] = []
+        self.generation_decision: Decision | None = None
+        self._decide = decide
+        self._fd = -1
+        self._inode = inode
+        self._floor = 0
+        self._punched = 0
+        self._partial_at: tuple[int, int] | None = None
+
+    # -- recovery ------------------------------------------------------------------------------------------------------
+
+    def restore(self, position: Position | None, decisions: list[Decision]) -> None:
+        """Take up where an earlier agent stopped: its checkpoint and its journal."""
+        if position is not None:
+            self.acked = position
+        for decision in decisions:
+            if decision.kind == "generation":
+                if decision.generation > self.acked.generation:
+                    unsure = decision.offset - self.acked.offset
+                    self._start_generation(decision)
+                    if unsure > 0:
+                        self._lose(0, unsure, "truncated before it was acknowledged", skip=False)
+                elif decision.generation == self.acked.generation:
+                    self.generation_decision = decision
+                    self._inode = (decision.value["dev"], decision.value["ino"])
+            elif decision.generation == self.acked.generation:
+                self._sorted_list(decision).append(decision)
+        self.sent = self.acked
+        self.seen = max([self.acked.offset, *(mark.offset for mark in self.marks)])
+        # What an earlier agent sent it sent below its last mark: nothing new may change the meaning of those bytes.
+        self._floor = self.seen if self.identities else self.acked.offset
+        self._forget()
+
+    def _sorted_list(self, decision: Decision) -> list[Decision]:
+        lists = {"mark": self.marks, "cut": self.cuts, "identity": self.identities, "loss": self.losses}
+        return lists.get(decision.kind, [])
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        return self.sent.generation
+
+    @property
+    def unacked(self) -> int:
+        return self.seen - self.acked.offset
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that are still to be delivered; what was given up is not."""
+        acked = self.acked.offset
+        given_up = (min(loss.offset + loss.value["bytes"] - acked, loss.value["bytes"]) for loss in self.losses)
+        left: int = self.seen - acked - sum(given_up)
+        return max(left, 0)
+
+    @property
+    def unsent(self) -> int:
+        return self.seen - self.sent.offset
+
+    @property
+    def ready(self) -> bool:
+        """Whether `take` may find something: all that is unsent and is not known to be a partial line."""
+        return self.unsent > 0 and not self.held and self._partial_at != (self.seen, len(self.cuts))
+
+    @property
+    def is_drained(self) -> bool:
+        """Everything is acknowledged but a partial line that is waited for."""
+        if self.unacked == 0:
+            return True
+        return self.sent.offset == self.acked.offset and self._partial_at == (self.seen, len(self.cuts))
+
+    def observe(self, now: int) -> bool:
+        """Look at the file's size and mark it; True if it grew. Raises OSError for trouble of the spool itself."""
+        if self._fd < 0 and not self._open():
+            return False
+        size = os.fstat(self._fd).st_size
+        if size < self.seen:
+            self._replaced(size, "truncated by its writer")
+            size = os.fstat(self._fd).st_size
+        if size > self.seen:
+            self._mark(size, now)
+            return True
+        if not self.followed or not self._next_generation():
+            return False
+        self.observe(now)
+        return True
+
+    def _mark(self, size: int, now: int) -> None:
+        self.marks.append(self._decide(self.name, self.generation, size, "mark", now))
+        self.seen = size
+
+    def _open(self) -> bool:
+        path = self._find() if self._inode else self.path
+        try:
+            descriptor = open_file(path, os.O_RDONLY if self.followed else os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            return False
+        self._fd = descriptor
+        inode = (found.st_dev, found.st_ino)
+        if self._inode is not None and inode != self._inode:
+            self._inode = inode
+            self._replaced(found.st_size, "replaced while nobody read it")
+        self._inode = inode
+        if not self.followed:
+            self._punched = _first_data(descriptor)
+        return True
+
+    def _find(self) -> Path:
+        """The file by its inode: rotation by rename leaves it at `path`, `path.1`, `path.2`, …"""
+        for path in (self.path, *self._rotated()):
+            try:
+                found = os.stat(path, follow_symlinks=False)
+            except OSError:
+                continue
+            if (found.st_dev, found.st_ino) == self._inode:
+                return path
+        return self.path
+
+    def _rotated(self) -> list[Path]:
+        if not self.followed:
+            return []
+        try:
+            return [entry for entry in self.path.parent.iterdir() if entry.name.startswith(self.path.name + ".")]
+        except OSError:
+            return []
+
+    def _next_generation(self) -> bool:
+        """A followed file that is read to its end and has a successor: go on with the oldest that is newer."""
+        if self.unsent:
+            return False
+        try:
+            current = os.stat(self.path)
+        except OSError:
+            return False
+        if (current.st_dev, current.st_ino) == self._inode:
+            return False
+        mine = os.fstat(self._fd)
+        if mine.st_size > self.seen:
+            return False
+        candidates = [(current.st_mtime_ns, current)]
+        for path in self._rotated():
+            try:
+                found = os.stat(path)
+            except OSError:
+                continue
+            if (found.st_dev, found.st_ino) != self._inode and found.st_mtime_ns >= mine.st_mtime_ns:
+                candidates.append((found.st_mtime_ns, found))
+        successor = min(candidates, key=lambda candidate: candidate[0])[1]
+        os.close(self._fd)
+        self._fd = -1
+        self._inode = (successor.st_dev, successor.st_ino)
+        self._new_generation(0)
+        self._open()  # at once: a writer that ended must not seem delivered before its last file is seen
+        return True
+
+    def _replaced(self, size: int, why: str) -> None:
+        """The bytes are not the ones we knew: count what was seen and not read, begin again at 0."""
+        lost = self.seen - self.sent.offset
+        if self._fd >= 0:
+            found = os.fstat(self._fd)
+            self._inode = (found.st_dev, found.st_ino)
+        self._new_generation(lost)
+        if lost:
+            self._lose(0, lost, why, skip=False)
+
+    def _new_generation(self, lost: int) -> None:
+        assert self._inode is not None
+        value = {"dev": self._inode[0], "ino": self._inode[1], "lost": lost}
+        identity = self.identities[-1].value if self.identities else None
+        decision = self._decide(self.name, self.generation + 1, self.sent.offset, "generation", value)
+        self._start_generation(decision)
+        if identity is not None:
+            self.identities.append(self._decide(self.name, self.generation, 0, "identity", identity))
+
+    def _start_generation(self, decision: Decision) -> None:
+        self.generation_decision = decision
+        self.acked = self.sent = Position(decision.generation, 0)
+        self._inode = (decision.value["dev"], decision.value["ino"])
+        self.seen = self._floor = self._punched = 0
+        self.marks, self.cuts, self.identities, self.losses = [], [], [], []
+
+    def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:
+        value = {"bytes": size, "why": why, "skip": skip}
+        decision = self._decide(self.name, self.generation, offset, "loss", value)
+        if skip:
+            self.losses.append(decision)
+        return decision
+
+    # -- identity ------------------------------------------------------------------------------------------------------
+
+    def assign(self, identity_seq: int, size: int) -> None:
+        """Identity `identity_seq` is in force from `size` on, as far as nothing was sent from there yet."""
+        offset = max(size, self.sent.offset, self._floor)
+        if self.identities:
+            offset = max(offset, self.identities[-1].offset)
+            if self.identities[-1].value == identity_seq:
+                return
+        self.identities.append(self._decide(self.name, self.generation, offset, "identity", identity_seq))
+
+    def release(self, identity_seq: int) -> None:
+        """The waiting is over: all that is not sent belongs to `identity_seq`."""
+        self.held = False
+        if not self.identities:
+            self.identities.append(self._decide(self.name, self.generation, self.sent.offset, "identity", identity_seq))
+        else:
+            self.assign(identity_seq, self.sent.offset)
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def cut_partial(self, now: int, *, final: bool) -> None:
+        """Decide that a partial line at the end, if it is old enough or the last, is sent as it is."""
+        if not self.unsent or self.held or not self.marks:
+            return
+        newest = self.marks[-1]
+        if newest.offset != self.seen or (self.cuts and self.cuts[-1].offset >= self.seen):
+            return
+        if not final and now - newest.value < PARTIAL_S * 1e9:
+            return
+        waits = self._partial_at == (self.seen, len(self.cuts))
+        if waits or os.pread(self._fd, 1, self.seen - 1) not in (b"\n", b""):
+            self.cuts.append(self._decide(self.name, self.generation, self.seen, "cut", None))
+
+    def take(self, budget: int) -> tuple[Move | None, list[Section]]:
+        """The next records, at least one if there is a complete one, about `budget` bytes of them; moves `sent`.
+
+        Returns:
+            (None, []) where there is nothing to send. Raises OSError.
+        """
+        if self.held or not self.unsent or self._fd < 0 or not self.identities:
+            return None, []
+        before_position = self.sent
+        start = before_position.offset
+        limit = self.seen
+        for loss in self.losses:
+            if loss.offset <= start < loss.offset + loss.value["bytes"]:
+                return self._skip(loss)
+            if loss.offset > start:
+                limit = min(limit, loss.offset)
+                break
+        before = min(start, _TAIL_BYTES)
+        wanted = min(limit - start, max(budget, _READ_BYTES))
+        data = os.pread(self._fd, before + wanted, start - before)
+        if len(data) < before + wanted or (self.sent.tail and zlib.crc32(data[:before]) != self.sent.tail):
+            if len(data) == before + wanted:
+                self._replaced(self.seen, "overwritten by its writer")
+            return None, []
+        data = data[before:]
+        cuts = [cut.offset for cut in self.cuts if cut.offset > start]
+        if limit < self.seen and start + wanted == limit:
+            cuts.append(limit)  # the line in front of a given-up range ends where that begins
+        most = max(budget // _RECORD_OVERHEAD, 1)
+        pieces, state = assemble.split(data[:budget], start, State.from_json(self.sent.state), cuts, max_pieces=most)
+        if not pieces and len(data) > budget:
+            pieces, state = assemble.split(data, start, State.from_json(self.sent.state), cuts, max_pieces=1)
+        if not pieces:
+            self._partial_at = (self.seen, len(self.cuts))
+            return None, []
+        end = pieces[-1].end
+        tail = zlib.crc32(os.pread(self._fd, min(end, _TAIL_BYTES), max(end - _TAIL_BYTES, 0)))
+        self.sent = Position(self.generation, end, state.to_json(), tail)
+        return Move(self, before_position, self.sent), self._sections(pieces, data.isascii() and b"\0" not in data)
+
+    def _skip(self, loss: Decision) -> tuple[Move | None, list[Section]]:
+        before = self.sent
+        self.sent = Position(self.generation, loss.offset + loss.value["bytes"])
+        return Move(self, before, self.sent), []
+
+    def _sections(self, pieces: list[Piece], plain: bool) -> list[Section]:
+        sections: list[Section] = []
+        records: list[bytes] = []
+        size = 0
+        prefix = f"{self.writer_id}/{self.name}/{self.generation}/"
+        stream = _ATTRIBUTES[self.name]
+        starts = [decision.offset for decision in self.identities]
+        index = max(bisect.bisect_right(starts, pieces[0].start) - 1, 0)
+        marks = self.marks
+        mark = bisect.bisect_left([decision.offset for decision in marks], pieces[0].end)
+        for piece in pieces:
+            if self.skip_markers and piece.body[:1] in b":s" and _MARKER.match(piece.body):
+                continue
+            while index + 1 < len(starts) and starts[index + 1] <= piece.start:
+                if records:
+                    sections.append(Section(self.identities[index].value, tuple(records), size))
+                    records, size = [], 0
+                index += 1
+            while marks[mark].offset < piece.end:
+                mark += 1
+            # KeyValue("log.record.uid", string): fixed key, one length byte as long as the uid is below 126 bytes.
+            uid = f"{prefix}{piece.start}-{piece.end}".encode()
+            attributes = stream + _uid(uid)
+            if piece.part >= 0:
+                attributes += otlp.attributes({"skyrl.part": piece.part})
+                if piece.last:
+                    attributes += _LAST
+            if piece.torn:
+                attributes += _TORN
+            record = otlp.text_record(marks[mark].value, piece.body if plain else _shown(piece.body), attributes)
+            records.append(record)
+            size += len(record)
+        if records:
+            sections.append(Section(self.identities[index].value, tuple(records), size))
+        return sections
+
+    # -- after the answer ----------------------------------------------------------------------------------------------
+
+    def accept(self, position: Position) -> None:
+        """All below `position` is acknowledged; the caller writes the checkpoint before `give_back`."""
+        if position.generation == self.acked.generation and position.offset > self.acked.offset:
+            self.acked = position
+            self._forget()
+
+    def undo(self, move: Move) -> None:
+        """The newest `take` was not sent and will not be: take it again later."""
+        if move.before.generation == self.generation:
+            self.sent = move.before
+
+    def rewind(self) -> None:
+        """Nothing is under way any more: begin again at what is acknowledged."""
+        self.sent = self.acked
+
+    def refuse(self, move: Move, why: str) -> None:
+        """The receiver will never take the bytes of `move`; counted lost, and skipped by a later reading."""
+        if move.before.generation == self.generation:
+            size = move.to.offset - move.before.offset
+            self._lose(move.before.offset, size, why, skip=True)
+
+    def give_back(self) -> None:
+        """Punch what the checkpoint on disk has passed. Raises OSError."""
+        if self.followed or self._fd < 0:
+            return
+        end = (self.acked.offset - _TAIL_BYTES) // _BLOCK * _BLOCK
+        while end - self._punched >= _PUNCH_BYTES:
+            punch(self._fd, self._punched, _PUNCH_BYTES)
+            self._punched += _PUNCH_BYTES
+
+    def give_up(self, size: int, why: str) -> int:
+        """Drop about `size` of the oldest bytes that are not under way; how many it were. Raises OSError."""
+        start = max(self.sent.offset, self._floor)
+        for loss in self.losses:
+            if loss.offset <= start:
+                start = max(start, loss.offset + loss.value["bytes"])
+        if self.followed or self._fd < 0 or start >= self.seen:
+            return 0
+        end = min(start + size, self.seen)
+        data = os.pread(self._fd, assemble.PART_BYTES, end)
+        newline = data.find(b"\n")
+        end = min(end + newline + 1, self.seen) if newline >= 0 else end
+        self._lose(start, end - start, why, skip=True)
+        return end - start
+
+    def punch_losses(self) -> None:
+        """Give the disk what `give_up` gave up; only after the journal is on disk. Raises OSError."""
+        for loss in self.losses:
+            first = -(-loss.offset // _BLOCK) * _BLOCK
+            last = (loss.offset + loss.value["bytes"] - _TAIL_BYTES) // _BLOCK * _BLOCK
+            while first < last:
+                punch(self._fd, first, min(_PUNCH_BYTES, last - first))
+                first += _PUNCH_BYTES
+
+    def last_line(self) -> tuple[int, str]:
+        """(mtime, the last line that is not empty), at most 500 characters; (0, "") if there is none."""
+        if self._fd < 0:
+            return 0, ""
+        found = os.fstat(self._fd)
+        data = os.pread(self._fd, 8192, max(found.st_size - 8192, 0)).strip(b"\0\r\n\t ")
+        lines = [line for line in data.split(b"\n") if line.strip() and not _MARKER.match(line)]
+        return (found.st_mtime_ns, lines[-1][-500:].decode("utf-8", "replace").strip()) if lines else (0, "")
+
+    def kept_decisions(self) -> list[Decision]:
+        """What a rewritten journal must still hold of this file."""
+        own = [self.generation_decision] if self.generation_decision else []
+        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses]
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _forget(self) -> None:
+        acked = self.acked.offset
+        if self.marks and self.marks[0].offset <= acked:
+            self.marks = [mark for mark in self.marks if mark.offset > acked]
+        if self.cuts:
+            self.cuts = [cut for cut in self.cuts if cut.offset > acked]
+        if self.losses:
+            self.losses = [loss for loss in self.losses if loss.offset + loss.value["bytes"] > acked]
+        while len(self.identities) > 1 and self.identities[1].offset <= acked:
+            self.identities.pop(0)
+
+
+def _first_data(descriptor: int) -> int:
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_DATA) // _BLOCK * _BLOCK
+    except OSError:  # ENXIO: no data at all
+        return 0
+
+
+_UID_KEY = otlp.field(b"\x0a", b"log.record.uid")
+
+
+def _uid(uid: bytes) -> bytes:
+    size = len(uid)
+    if size > 100:
+        return otlp.attributes({"log.record.uid": uid.decode()})
+    inner = _UID_KEY + b"\x12%c\x0a%c%b" % (size + 2, size, uid)
+    return b"\x32%c%b" % (len(inner), inner)
+
+
+def _shown(body: bytes) -> bytes:
+    if b"\0" in body:
+        body = body.replace(b"\0", "\ufffd".encode())
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return body.decode("utf-8", "replace").encode()
+    return body

@@ -1,0 +1,96 @@
+"""Starts the node's agent from inside a user's process, and gets out of the way.
+
+Ray ends a worker's direct children on a graceful exit, own session or not, so what is started here is a launcher that
+exits within milliseconds after it has daemonised the agent (`agent/start.py`). Nothing of the agent is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from skyrl_otel.spool import locks
+from skyrl_otel.spool.layout import RunDir
+
+_PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from skyrl_otel.agent.start import main; main(sys.argv[2])"
+_BOOT_COLLECTOR = (
+    "import sys; sys.path[:1] = [sys.argv[1]]; from skyrl_otel.terminal.detached import main; main(*sys.argv[2:])"
+)
+_COLLECTOR_NEEDS = ("aiohttp", "opentelemetry")
+
+# What the agent may see of the environment. Everything else may hold secrets, and LD_PRELOAD and friends are for training.
+_ALLOWED = (
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "PATH",
+    "SKYRL_OTEL_SPOOL_MAX",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "TZ",
+)
+
+_launchers: list[subprocess.Popen[bytes]] = []
+_collectors: list[subprocess.Popen[bytes]] = []
+
+
+def ensure_agent(run: RunDir) -> bool:
+    """Start the agent of `run` on this node if nobody holds its lock; returns at once.
+
+    Also reaps the launchers of earlier calls. Two callers at once are harmless: the agents elect one by the lock.
+
+    Returns:
+        Whether a launcher was started.
+
+    Raises:
+        OSError: no process could be started.
+    """
+    _collectors[:] = [launcher for launcher in _collectors if launcher.poll() is None]
+    _launchers[:] = [launcher for launcher in _launchers if launcher.poll() is None]
+    if _launchers or locks.is_held(run.agent_lock):
+        return False
+    _launchers.append(
+        subprocess.Popen(
+            # -I -S: no user site, no PYTHON* variables, no site-packages; the agent needs the standard library only.
+            [_interpreter(), "-I", "-S", "-c", _BOOT, str(_PACKAGE_ROOT), str(run.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env={name: os.environ[name] for name in _ALLOWED if name in os.environ},
+            start_new_session=True,
+        )
+    )
+    return True
+
+
+def start_collector(run: RunDir, log_dir: Path) -> bool:
+    """Start the run's embedded collector as a process of its own; returns at once. Two at once elect one by lock.
+
+    Returns:
+        False where its libraries are not installed here.
+
+    Raises:
+        OSError: no process could be started.
+    """
+    if any(find_spec(name) is None for name in _COLLECTOR_NEEDS):
+        return False
+    _collectors.append(
+        subprocess.Popen(
+            [_interpreter(), "-c", _BOOT_COLLECTOR, str(_PACKAGE_ROOT), str(run.path), str(log_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
+    return True
+
+
+def _interpreter() -> str:
+    return sys.executable or os.path.realpath("/proc/self/exe")

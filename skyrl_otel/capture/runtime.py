@@ -1,0 +1,407 @@
+"""The one guarded runtime of a process: `attach` decides what is captured and how, `detach` puts everything back.
+
+What the user's own code prints to where the user expects it is never moved: only infra processes (ranks other than 0,
+Ray's workers) are redirected. A lone driver keeps its output, which is followed where it is a regular file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from skyrl_otel.capture import fds, guard, identity
+from skyrl_otel.capture.folders import FollowedFolder
+from skyrl_otel.capture.plan import Plan, Surroundings, plan
+from skyrl_otel.capture.stream import LineStream
+from skyrl_otel.capture.watch import Watch
+from skyrl_otel.config import Channel, Config
+from skyrl_otel.spool import layout
+from skyrl_otel.spool.layout import RunDir, SpoolRefused
+from skyrl_otel.spool.writer import WriterFolder
+
+AGENT_CHECK_S = 2.0
+# Text without an end goes out after one to two of these. A print is two calls, and between them a thread may wait for the
+# interpreter that long on a busy machine: sooner would tear its line.
+PARTIAL_TICK_S = 0.5
+IDLE_TICK_S = 0.1
+
+# Frameworks that are looked after once they are imported: module, where our code for it lives.
+INTEGRATIONS = (("ray", "skyrl_otel.integrations.ray", "wrap_init"),)
+
+
+class Runtime:
+    """The folders, streams and the watch thread of this process. Made by `start`, ended by `stop`."""
+
+    def __init__(self, config: Config, run: RunDir) -> None:
+        self.config = config
+        self.run = run
+        self.watch = Watch()
+        self.pid = os.getpid()
+        self.facts: identity.Facts = {}
+        self.folder: WriterFolder | None = None
+        self._folders: list[WriterFolder] = []
+        self._saved: fds.Saved | None = None
+        self._streams: dict[str, tuple[Any, LineStream]] = {}
+        self._lock = threading.RLock()  # protects folder, _folders, _saved, _streams, facts
+
+    def redirect(self, facts: Mapping[str, Any], last_words: Mapping[int, str] | None = None) -> WriterFolder:
+        """Point fds 1 and 2 at a new folder of the spool.
+
+        Args:
+            facts: who writes there.
+            last_words: descriptor → text that still goes to where it pointed before.
+
+        Raises:
+            OSError: then output stays where it was.
+        """
+        with self._lock:
+            folder = WriterFolder.create(self.run, facts=facts)
+            try:
+                for descriptor, text in (last_words or {}).items():
+                    if text:
+                        os.write(descriptor, text.encode(errors="backslashreplace"))
+                saved = fds.redirect({fds.STDOUT: folder.fds["out"], fds.STDERR: folder.fds["err"]})
+            except OSError:
+                folder.close()
+                raise
+            if self._saved is None:
+                self._saved = saved
+            else:
+                for descriptor in saved.descriptors.values():
+                    os.close(descriptor)
+            self._adopt(folder, facts)
+            return folder
+
+    def follow(
+        self, places: Mapping[str, tuple[fds.Place, int]], facts: Mapping[str, Any], *, skip_markers: bool
+    ) -> FollowedFolder:
+        """Have the agent read files where they lie. Raises OSError."""
+        with self._lock:
+            folder = FollowedFolder.follow(self.run, places, facts, skip_markers=skip_markers)
+            self._adopt(folder, facts)
+            return folder
+
+    def records_only(self, facts: Mapping[str, Any]) -> WriterFolder:
+        """A folder without output, by which this process is known. Raises OSError."""
+        with self._lock:
+            folder = WriterFolder.create(self.run, files=(), facts=facts)
+            self._adopt(folder, facts)
+            return folder
+
+    def _adopt(self, folder: WriterFolder, facts: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._folders.append(folder)
+        self.facts = dict(facts)
+
+    def publish(self, changes: Mapping[str, Any]) -> None:
+        """Say something new about this process from here on. Raises OSError."""
+        with self._lock:
+            if self.folder is None or self.pid != os.getpid():
+                return
+            news = {key: value for key, value in changes.items() if self.facts.get(key) != value}
+            if news:
+                self.facts.update(news)
+                self.folder.publish(news)
+
+    def install_streams(self, marker: Any = None) -> None:
+        """Put line-atomic streams in the place of `sys.stdout` and `sys.stderr`, where those write to 1 and 2."""
+        with self._lock:
+            for name, descriptor in (("stdout", fds.STDOUT), ("stderr", fds.STDERR)):
+                found = getattr(sys, name)
+                if found is None or isinstance(found, LineStream) or _fileno(found) != descriptor:
+                    continue
+                found.flush()
+                stream = LineStream(descriptor, found, marker)
+                setattr(sys, name, stream)
+                self._streams[name] = (found, stream)
+        self.watch.add("partial", self._push_partial, IDLE_TICK_S)
+
+    def streams(self) -> list[LineStream]:
+        return [stream for _, stream in self._streams.values()]
+
+    def _push_partial(self) -> float | None:
+        streams = self.streams()
+        if not streams:
+            return None
+        busy = False
+        for stream in streams:
+            if stream.active:
+                busy = stream.push_partial() or busy
+        return PARTIAL_TICK_S if busy else IDLE_TICK_S
+
+    def _restore_streams(self) -> None:
+        for name, (found, stream) in self._streams.items():
+            stream.drain()
+            if getattr(sys, name) is stream:
+                setattr(sys, name, found)
+            else:
+                # Somebody wrapped ours; it goes on writing to the descriptor, which is theirs again.
+                stream.marker = None
+        self._streams = {}
+
+    def look_after(self) -> None:
+        """Start the work of the watch thread: the agent, and the rank if it is still to come."""
+        self.watch.add("agent", self.ensure_agent)
+        identity.on_process_group(self.publish)
+        self.await_rank()
+
+    def await_rank(self) -> None:
+        """Look out for the rank from now on, unless it is known."""
+        if not isinstance(self.facts.get("rank"), int):
+            self.watch.add("rank", identity.RankWatch(self.publish), 0.05)
+
+    def ensure_agent(self) -> float | None:
+        """A task: start the node's agent where none runs."""
+        # Imported here, in the watch thread: a worker's start does not wait for what it does not need yet.
+        from skyrl_otel.capture import launch
+
+        launch.ensure_agent(self.run)
+        return AGENT_CHECK_S
+
+    def stop(self, *, goodbye: bool) -> None:
+        """Put fds and streams back and let the folders go."""
+        with self._lock:
+            self.watch.stop()
+            with guard.guarded("runtime.streams"):
+                self._restore_streams()
+            if self._saved is not None:
+                fds.restore(self._saved)
+                self._saved = None
+            for folder in self._folders:
+                with guard.guarded("runtime.close"):
+                    if goodbye:
+                        folder.publish({"goodbye": {"code": None}})
+                    folder.close()
+            self._folders, self.folder = [], None
+
+    def at_exit(self) -> None:
+        """Last words. Folders stay locked until the kernel closes them, so that what is printed later still counts."""
+        for stream in self.streams():
+            with guard.guarded("runtime.drain"):
+                stream.drain()
+        if self.pid != os.getpid():
+            return
+        self.watch.stop()
+        fds.flush_buffers()
+        # An uncaught exception leaves its type behind; sys.exit(3) leaves nothing that could be read here.
+        code = 1 if getattr(sys, "last_type", None) is not None else None
+        for folder in self._folders:
+            with guard.guarded("runtime.goodbye"):
+                folder.publish({"goodbye": {"code": code}})
+
+
+def _fileno(stream: Any) -> int:
+    try:
+        return int(stream.fileno())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return -1
+
+
+_runtime: Runtime | None = None
+_lock = threading.RLock()  # protects _runtime
+
+
+def current() -> Runtime | None:
+    """The runtime of this process; None in a forked child, whose output is its parent's."""
+    return _runtime if _runtime is not None and _runtime.pid == os.getpid() else None
+
+
+def start(config: Config, run_id: str) -> Runtime | None:
+    """Open the run's spool folder and become this process's runtime; None, and one line for the user, where it cannot be.
+
+    Idempotent: a second call returns the first one's runtime.
+    """
+    global _runtime
+    with _lock:
+        running = current()
+        if running is not None:
+            return running
+        for problem in config.problems:
+            guard.say(problem)
+        try:
+            run = layout.open_run(config.spool_root, run_id)
+            if not os.path.exists(run.agent_lock):
+                layout.check_disk(config.spool_root, allow_tmpfs=config.allow_tmpfs)
+        except SpoolRefused as refused:
+            guard.say(f"output is not recorded: {refused}")
+            return None
+        except OSError as error:
+            guard.say(f"output is not recorded: {config.spool_root}: {error.strerror}")
+            return None
+        if _runtime is None:
+            atexit.register(_at_exit)
+        _runtime = Runtime(config, run)
+        if _is_alone(config):
+            _start_collector(config, run)
+        return _runtime
+
+
+def _is_alone(config: Config) -> bool:
+    """Whether nobody else is there to gather this run: no endpoint, no launcher, and we are no rank or worker of one."""
+    around = ("RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")
+    return not (
+        config.endpoint
+        or config.launched
+        or config.run_id
+        or any(os.environ.get(name) for name in around)
+        or _is_ray_worker()
+    )
+
+
+def _start_collector(config: Config, run: RunDir) -> None:
+    from skyrl_otel.capture import launch  # subprocess costs a worker's start what only a lone driver needs
+
+    with guard.guarded("runtime.collector"):
+        layout.write_run_file(run, project=config.project, log_dir=str(config.log_dir), argv=sys.orig_argv)
+        if not launch.start_collector(run, config.log_dir):
+            guard.say(
+                "the embedded collector needs aiohttp and opentelemetry-proto, which are not installed here; "
+                f"lines are kept in {run.path} (pip install skyrl-otel, or set OTEL_EXPORTER_OTLP_ENDPOINT)"
+            )
+
+
+@guard.never_raises
+def _at_exit() -> None:
+    if _runtime is not None:
+        _runtime.at_exit()
+
+
+@guard.never_raises
+def attach(role: str | None = None, rank: int | None = None, channel: Channel | None = None) -> None:
+    """Record this process's output, with who it is.
+
+    Called twice, or where `skyrl-otel run` or the Ray hook attached already, it only adds what its arguments say.
+    Never raises: where recording cannot start, output stays where it was and one line on stderr says why.
+
+    Args:
+        role: what the process does in the run: policy, rollout, reward, env, …
+        rank: its rank, if it is not in RANK.
+        channel: "progress" for what belongs on the user's terminal, "infra" for the rest; default by rank.
+    """
+    given = {"role": role, "rank": rank, "channel": channel}
+    stated: identity.Facts = {key: value for key, value in given.items() if value is not None}
+    with _lock:
+        running = current()
+        if running is not None:
+            running.publish(stated)
+            return
+        config = Config.from_env()
+        if config.disabled or config.capture == "off":
+            return
+        install_integrations()
+        if _is_ray_worker():
+            _call("skyrl_otel.integrations.ray", "attach_worker", stated)
+            return
+        _attach_process(config, stated)
+
+
+def _attach_process(config: Config, stated: identity.Facts) -> None:
+    run_id = identity.run_id(config)
+    running = start(config, run_id)
+    if running is None:
+        return
+    os.environ["SKYRL_OTEL_RUN_ID"] = run_id  # children and Ray's workers belong to this run
+    ranks = {**identity.rank_facts(), **stated}
+    rank = ranks.get("rank")
+    around = Surroundings(
+        stdout=fds.kind(fds.STDOUT),
+        stderr=fds.kind(fds.STDERR),
+        rank=rank if isinstance(rank, int) else None,
+        channel=stated.get("channel"),
+        notebook="ipykernel" in sys.modules,
+    )
+    what, sentence = plan(config, around)
+    channel = "infra" if what == "redirect" else "progress"
+    facts = {**identity.process_facts(config), "channel": channel, **ranks}
+    if "role" not in facts:
+        facts["role"] = "trainer" if around.rank is not None else "driver"
+    try:
+        _capture(running, what, facts)
+    except OSError as error:
+        guard.say(f"output is not recorded: {error}")
+        return
+    if sentence:
+        guard.say(sentence)
+    if not config.launched:
+        from skyrl_otel.spool import token
+
+        with guard.guarded("runtime.shipping"):
+            shipping = token.from_config(config)
+            if shipping is not None:
+                token.write(running.run, shipping)
+    running.look_after()
+
+
+def _capture(running: Runtime, what: Plan, facts: identity.Facts) -> None:
+    if what == "redirect":
+        running.redirect(facts)
+        running.install_streams()
+        return
+    places: dict[str, tuple[fds.Place, int]] = {}
+    if what == "follow":
+        for name, descriptor in (("out", fds.STDOUT), ("err", fds.STDERR)):
+            found = fds.place(descriptor)
+            if found and all((found.dev, found.ino) != (other.dev, other.ino) for other, _ in places.values()):
+                places[name] = (found, found.size)
+    if places:
+        running.follow(places, facts, skip_markers=False)
+    else:
+        running.records_only(facts)
+
+
+def install_integrations() -> None:
+    """Have each framework looked after: now where it is imported already, else right after its import."""
+    from skyrl_otel.capture.postimport import after_import
+
+    for module, home, function in INTEGRATIONS:
+        after_import(module, partial(_call_with_module, home, function))
+
+
+def watch_imports(name: str, path: Any, target: Any) -> Any:
+    """For `inject/sitecustomize.py`, in the middle of the first import of a framework: take over from there."""
+    install_integrations()
+    return sys.meta_path[0].find_spec(name, path, target)
+
+
+@guard.never_raises
+def detach() -> None:
+    """Stop recording: fds and streams become what they were, what was recorded is delivered. Does nothing if not attached."""
+    global _runtime
+    with _lock:
+        running = current()
+        if running is not None:
+            running.stop(goodbye=True)
+            atexit.unregister(_at_exit)
+        _runtime = None
+
+
+def _is_ray_worker() -> bool:
+    worker = sys.modules.get("ray._private.worker")
+    found = getattr(worker, "global_worker", None)
+    return found is not None and getattr(found, "mode", None) == getattr(worker, "WORKER_MODE", 1)
+
+
+def _call_with_module(home: str, function: str, _: ModuleType) -> None:
+    _call(home, function)
+
+
+def _call(home: str, function: str, *args: Any) -> None:
+    getattr(import_module(home), function)(*args)
+
+
+def _in_child() -> None:
+    # The lock may be held by a thread that does not exist here. What is captured stays the parent's: its fds are ours too.
+    global _lock
+    _lock = threading.RLock()
+    if _runtime is not None:
+        _runtime._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,71 @@
+"""Frames: how `records.<n>` and `decisions` hold more than text in an append-only file.
+
+``magic b"\\xf5SO1" | payload length u32le | CRC-32 of the payload u32le | payload``
+
+The first magic byte never occurs in UTF-8. A frame that a kill tore is followed, in a file that several processes
+append to, by whole frames of others: a reader that meets anything but a frame scans on to the next one whose checksum
+holds, and says how many bytes it passed over.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MAGIC = b"\xf5SO1"
+HEADER = struct.Struct("<4sII")
+MAX_PAYLOAD = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One whole frame: its payload and the byte range [start, end) it stands in, header included."""
+
+    start: int
+    end: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Bytes [start, end) that are no frame, with a frame after them."""
+
+    start: int
+    end: int
+
+
+def encode(payload: bytes) -> bytes:
+    """One frame. Raises ValueError for a payload over 64 MB, which a reader would refuse."""
+    if len(payload) > MAX_PAYLOAD:
+        raise ValueError(f"payload of {len(payload)} bytes is over {MAX_PAYLOAD}")
+    return HEADER.pack(MAGIC, len(payload), zlib.crc32(payload)) + payload
+
+
+def scan(data: bytes, base: int = 0) -> Iterator[Frame | Gap]:
+    """Frames and gaps in `data`, whose first byte has offset `base`.
+
+    Stops before a tail that is no whole frame: it may be a write in progress, only the caller knows. The tail begins
+    where the last yielded item ends.
+    """
+    position = gap = 0
+    while (found := data.find(MAGIC, position)) >= 0:
+        frame_end = _whole(data, found)
+        if frame_end is None:
+            position = found + 1
+            continue
+        if found > gap:
+            yield Gap(base + gap, base + found)
+        yield Frame(base + found, base + frame_end, data[found + HEADER.size : frame_end])
+        position = gap = frame_end
+
+
+def _whole(data: bytes, start: int) -> int | None:
+    body = start + HEADER.size
+    if body > len(data):
+        return None
+    _, length, checksum = HEADER.unpack_from(data, start)
+    if length > MAX_PAYLOAD or body + length > len(data):
+        return None
+    return body + length if zlib.crc32(memoryview(data)[body : body + length]) == checksum else None

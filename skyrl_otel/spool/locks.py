@@ -1,0 +1,42 @@
+"""Liveness by flock(2) on open file descriptions: the kernel answers, not a table of pids.
+
+A lock belongs to the open file description, so it stays while any process that inherited the descriptor lives
+(fork, spawn and exec children included) and goes the moment the last one is gone, SIGKILL or not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from skyrl_otel.spool.layout import open_file
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds LOCK_EX on `path`. A missing file is held by nobody.
+
+    Asks with LOCK_SH so that two who ask at once do not see each other.
+    """
+    try:
+        descriptor = open_file(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def take(path: Path) -> int | None:
+    """Open `path` (made if missing) and lock it; the descriptor, or None where somebody else holds the lock."""
+    descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

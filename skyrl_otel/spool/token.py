@@ -1,0 +1,75 @@
+"""Where the agent sends and with which secret: the 0600 file `token`, and the same JSON in Ray's KV."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from skyrl_otel.config import Config
+from skyrl_otel.spool.layout import RunDir, read_file, replace_file
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The launcher's listener for status reports."""
+
+    url: str
+    authorization: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Shipping:
+    """All an agent needs to send. `endpoint` is the full URL of /v1/logs; `timeout_s` bounds one request."""
+
+    endpoint: str
+    headers: dict[str, str] = field(repr=False)
+    protocol: str = "http/protobuf"
+    compression: str = "none"
+    timeout_s: float = 10.0
+    certificate: str = ""
+    client_key: str = ""
+    client_certificate: str = ""
+    control: Control | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Shipping:
+        """Raises ValueError for anything that is not what `to_json` makes."""
+        try:
+            fields = json.loads(text)
+            control = fields.pop("control", None)
+            return cls(**fields, control=Control(**control) if control else None)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"no shipping settings: {error}") from error
+
+
+def from_config(config: Config, control: Control | None = None) -> Shipping | None:
+    """The user's own endpoint, or None where there is none and the embedded collector is used."""
+    if config.endpoint is None:
+        return None
+    return Shipping(
+        endpoint=config.endpoint,
+        headers=dict(config.headers),
+        protocol=config.protocol,
+        compression=config.compression,
+        timeout_s=config.timeout_s,
+        certificate=config.certificate,
+        client_key=config.client_key,
+        client_certificate=config.client_certificate,
+        control=control,
+    )
+
+
+def write(run: RunDir, shipping: Shipping) -> None:
+    """Raises OSError."""
+    replace_file(run.token, shipping.to_json().encode())
+
+
+def read(run: RunDir) -> Shipping | None:
+    """None where the file is not there yet or is not readable as one."""
+    try:
+        return Shipping.from_json(read_file(run.token))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,141 @@
+"""Records are a pure function of bytes and decisions: a crash at any point, and a second reading, give the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from skyrl_otel.agent.batch import Batch, build
+from skyrl_otel.agent.writer import Writer
+from skyrl_otel.spool import layout
+from skyrl_otel.spool.writer import WriterFolder
+from tests.receiver import decode
+
+ATOMS = {
+    "line": b"line one\n",
+    "part": b"part",
+    "end": b"\r\n",
+    "broken": b"\xff\xfe",
+    "prefix": b"(A pid=1) ",
+    "child": b"(B pid=2) x\n",
+    "long": b"y" * 3000,
+    "huge": b"z" * 300_000,
+}
+chunks = st.lists(st.sampled_from(sorted(ATOMS)), min_size=1, max_size=5)
+
+
+class Crashes(RuleBasedStateMachine):
+    """A writer writes; an agent looks, builds, sends, is answered or crashes, in any order; the clock is the test's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="sk-", dir="/var/tmp"))
+        run = layout.open_run(self.root, "run")
+        self.folder = WriterFolder.create(run, facts={"role": "r"})
+        self.now = 1_000_000_000_000
+        self.written = {"out": b"", "err": b""}
+        self.sent: dict[str, bytes] = {}
+        self.ranges: dict[str, dict[int, int]] = {"out": {}, "err": {}}
+        self.acked: set[str] = set()
+        self.under_way: Batch | None = None
+        self.rank = 0
+        self.agent = self.start()
+
+    def start(self) -> Writer:
+        return Writer("run", self.folder.writer_id, self.folder.path)
+
+    @rule(name=st.sampled_from(["out", "err"]), atoms=chunks)
+    def write(self, name: str, atoms: list[str]) -> None:
+        data = b"".join(ATOMS[atom] for atom in atoms)
+        os.write(self.folder.fds[name], data)
+        self.written[name] += data
+
+    @rule()
+    def learn(self) -> None:
+        self.rank += 1
+        self.folder.publish({"rank": self.rank})
+
+    @rule(passed_ms=st.sampled_from([1, 100, 1500]))
+    def look(self, passed_ms: int) -> None:
+        self.now += passed_ms * 1_000_000
+        self.agent.observe(self.now)
+
+    @precondition(lambda self: self.under_way is None)
+    @rule(budget=st.sampled_from([16 << 10, 1 << 20]))
+    def send(self, budget: int) -> None:
+        batch = build([self.agent], budget)
+        if not batch:
+            return
+        self.under_way = batch
+        for record in decode(batch.body):
+            before = self.sent.setdefault(record.uid, record.raw)
+            assert before == record.raw, f"sent twice, differently: {record}"
+            _, name, _, offsets = record.uid.split("/")
+            if name in self.ranges:
+                start, end = map(int, offsets.split("-"))
+                assert self.ranges[name].setdefault(start, end) == end
+        for item in batch.low_water.split(","):
+            key, offset = item.split("=")
+            for uid in {record.uid for record in decode(batch.body) if record.uid.startswith(key + "/")}:
+                assert int(uid.rpartition("/")[2].split("-")[0]) >= int(offset), "sent below its own low-water mark"
+
+    @precondition(lambda self: self.under_way is not None)
+    @rule(checkpointed=st.booleans())
+    def accept(self, checkpointed: bool) -> None:
+        assert self.under_way is not None
+        for move in self.under_way.moves:
+            move.file.accept(move.to)
+        for writer, count in self.under_way.events:
+            writer.accept_events(count)
+        self.under_way = None
+        if checkpointed:
+            self.agent.write_checkpoint()
+        else:
+            self.crash()
+
+    @precondition(lambda self: self.under_way is not None)
+    @rule()
+    def fail(self) -> None:
+        self.agent.rewind()
+        self.under_way = None
+
+    @rule()
+    def crash(self) -> None:
+        self.agent.close()
+        self.under_way = None
+        self.agent = self.start()
+
+    @invariant()
+    def ranges_do_not_overlap(self) -> None:
+        for ranges in self.ranges.values():
+            position = 0
+            for start, end in sorted(ranges.items()):
+                assert start >= position
+                position = end
+
+    def teardown(self) -> None:
+        for _ in range(40):
+            self.look(1500)
+            if self.under_way is None:
+                self.send(1 << 20)
+            if self.under_way is not None:
+                self.accept(True)
+        for name, data in self.written.items():
+            position = 0
+            for start, end in sorted(self.ranges[name].items()):
+                assert start == position, f"{name}: bytes {position} to {start} were never sent"
+                position = end
+            assert position == len(data)
+        self.agent.close()
+        self.folder.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+TestCrashes = Crashes.TestCase
+TestCrashes.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

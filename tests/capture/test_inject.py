@@ -1,0 +1,104 @@
+"""The sitecustomize that runs in every Python process under `skyrl-otel run`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.capture.conftest import ROOT, environment, written
+
+
+@pytest.fixture
+def lib(tmp_path: Path) -> Path:
+    """As the launcher lays it out: our package and the sitecustomize side by side."""
+    made = tmp_path / "lib"
+    shutil.copytree(ROOT / "skyrl_otel", made / "skyrl_otel", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "skyrl_otel/capture/inject/sitecustomize.py", made)
+    return made
+
+
+def run(lib: Path, spool: Path, script: str, *path: Path, argv: tuple[str, ...] = (), **env: str) -> str:
+    variables = environment(spool, SKYRL_OTEL_LAUNCHER="1", **env)
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, (lib, *path)))
+    command = [sys.executable, *(argv or ("-c", script))]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_it_imports_nothing_of_ours_into_a_plain_program(lib: Path, spool: Path) -> None:
+    script = "import sys; print([name for name in sys.modules if name.startswith('skyrl_otel')])"
+    assert run(lib, spool, script) == "[]\n"
+
+
+def test_the_next_sitecustomize_runs_too_and_its_error_is_its_own(lib: Path, spool: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text("import builtins; builtins.chained = True")
+    script = "import sitecustomize; print(chained, sitecustomize.__file__)"
+    assert run(lib, spool, script, other) == f"True {other}/sitecustomize.py\n"
+
+
+def test_rank_0_keeps_the_terminal_and_the_others_are_redirected(lib: Path, spool: Path) -> None:
+    script = "print('from a rank'); import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1)'])"
+    assert run(lib, spool, script, RANK="0", WORLD_SIZE="2") == "from a rank\n1\n"
+    assert written(spool) == []
+    assert run(lib, spool, script, RANK="1", WORLD_SIZE="2") == ""
+    [folder] = written(spool)
+    assert folder.text() == b"from a rank\n1\n"
+    assert (folder.facts["rank"], folder.facts["world_size"], folder.facts["channel"]) == (1, 2, "infra")
+
+
+def test_all_ranks_stay_on_the_terminal_when_infra_is_shown(lib: Path, spool: Path) -> None:
+    assert run(lib, spool, "print('shown')", RANK="1", SKYRL_LOG_LEVEL="DEBUG") == "shown\n"
+
+
+def test_rays_own_processes_are_left_alone(lib: Path, spool: Path, tmp_path: Path) -> None:
+    program = tmp_path / "ray" / "_private" / "workers" / "default_worker.py"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        "import sys; print([type(f).__name__ for f in sys.meta_path], getattr(sys.meta_path[0], '__name__', ''))"
+    )
+    assert "_BeforeRay" not in run(lib, spool, "", argv=(str(program),), RANK="1")
+    assert written(spool) == []
+
+
+def test_ray_init_is_wrapped_once_ray_is_imported(lib: Path, spool: Path, tmp_path: Path) -> None:
+    script = "import ray; print(hasattr(ray.init, '__skyrl_otel__'), type(ray.__spec__.loader).__name__)"
+    assert run(lib, spool, script) == "True SourceFileLoader\n"
+
+
+def test_a_terminal_descriptor_that_is_not_there_is_forgotten(lib: Path, spool: Path) -> None:
+    script = "import os; print(os.environ.get('SKYRL_OTEL_TERMINAL_FD'))"
+    assert run(lib, spool, script, SKYRL_OTEL_TERMINAL_FD="77") == "None\n"
+    assert run(lib, spool, script, SKYRL_OTEL_TERMINAL_FD="1") == "1\n"
+
+
+def test_it_costs_less_than_two_milliseconds(lib: Path, spool: Path) -> None:
+    script = """
+import importlib.util, sys, time
+samples = []
+for _ in range(20):
+    began = time.perf_counter()
+    spec = importlib.util.spec_from_file_location("s", sys.argv[1])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    samples.append(time.perf_counter() - began)
+print(min(samples))
+"""
+    took = run(lib, spool, "", argv=("-c", script, str(lib / "sitecustomize.py")))
+    assert float(took) < 0.002
+
+
+@pytest.mark.slow
+def test_torchrun_on_one_node(lib: Path, spool: Path, tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import torch.distributed as d\n"
+        "d.init_process_group('gloo'); print('rank', d.get_rank(), 'of', d.get_world_size()); d.destroy_process_group()\n"
+    )
+    argv = ("-m", "torch.distributed.run", "--nproc-per-node", "3", str(program))
+    assert run(lib, spool, "", argv=argv) == "rank 0 of 3\n"
+    found = {w.facts["rank"]: (w.text(), w.facts["world_size"], w.facts["role"]) for w in written(spool)}
+    assert found == {n: (f"rank {n} of 3\n".encode(), 3, "trainer") for n in (1, 2)}

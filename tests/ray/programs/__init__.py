@@ -1,0 +1,1 @@
+"""Programs that tests run as a user would, and the lines they are expected to leave behind."""

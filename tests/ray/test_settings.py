@@ -1,0 +1,209 @@
+"""The user's own settings under us: runtime_env, job_config, setup hooks, submitted jobs, and programs that refuse us."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ray.conftest import Driver, Ran
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+ACTOR = """
+import json, os, ray
+@ray.remote(num_cpus=0.1)
+class Actor:
+    def env(self):
+        print("recorded")
+        return {key: os.environ.get(key) for key in ("MINE", "FROM_HOOK", "FROM_JOB")}
+"""
+END = "\nprint(json.dumps(ray.get(Actor.remote().env.remote())))\n"
+
+
+@pytest.fixture
+def hooks(tmp_path: Path) -> Path:
+    (tmp_path / "their_hooks.py").write_text(
+        "import os\ndef sets(): os.environ['FROM_HOOK'] = 'yes'\ndef fails(): raise ValueError('their own mistake')\n"
+    )
+    return tmp_path
+
+
+def recorded(ran: Ran) -> bool:
+    return ran.actor("Actor").text() == b"recorded\n"
+
+
+def test_runtime_env_and_a_setup_hook_by_name_are_kept(driver: Driver, hooks: Path) -> None:
+    ran = driver(
+        f"""{ACTOR}
+mine = {{"env_vars": {{"MINE": "1"}}, "worker_process_setup_hook": "their_hooks.sets",
+        "py_modules": ["{hooks}/their_hooks.py"], "excludes": ["capture", "config.py"]}}
+ray.init(runtime_env=mine)
+assert len(mine) == 4 and len(mine["py_modules"]) == 1{END}"""
+    )
+    assert ran.result() == {"MINE": "1", "FROM_HOOK": "yes", "FROM_JOB": None}
+    assert recorded(ran)
+    # Ray says that it uploads their module; of ours it says nothing.
+    assert "their_hooks.py" in ran.stderr or "Successfully pushed" in ran.stderr
+    assert "skyrl_otel" not in ran.stderr and ran.stderr.count("Successfully pushed") <= 1
+
+
+def test_a_callable_hook_job_config_and_an_actors_own_variables_are_kept(driver: Driver) -> None:
+    ran = driver(
+        f"""{ACTOR}
+from ray.job_config import JobConfig
+def hook():
+    import os; os.environ["FROM_HOOK"] = "yes"
+ray.init(job_config=JobConfig(metadata={{"a": "b"}}, runtime_env={{
+    "env_vars": {{"MINE": "2"}}, "worker_process_setup_hook": hook}}))
+actor = Actor.options(runtime_env={{"env_vars": {{"RANK": "3", "WORLD_SIZE": "4"}}}}).remote()
+print(json.dumps(ray.get(actor.env.remote())))"""
+    )
+    assert ran.result() == {"MINE": "2", "FROM_HOOK": "yes", "FROM_JOB": None}
+    assert recorded(ran)
+    facts = ran.actor("Actor").facts
+    assert (facts["rank"], facts["world_size"]) == (3, 4)
+
+
+def test_a_setup_hook_that_raises_ends_the_actor_as_without_us(driver: Driver, hooks: Path) -> None:
+    script = f"""
+import json, ray
+ray.init(runtime_env={{"env_vars": {{"PYTHONPATH": "{hooks}"}}, "worker_process_setup_hook": "their_hooks.fails"}})
+@ray.remote(num_cpus=0.1)
+class Actor:
+    def work(self): pass
+try:
+    ray.get(Actor.remote().work.remote())
+except Exception as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+    ran = driver(script)
+    kind, text = ran.result()
+    kind_without, text_without = driver(script, env={"OTEL_SDK_DISABLED": "true"}).result()
+    assert kind == kind_without == "ActorDiedError"
+    assert "their own mistake" in text and "their own mistake" in text_without
+    assert "Failed to execute the setup hook method, their_hooks.fails" in text
+    assert "skyrl_otel" not in text.split("Failed to execute")[1]
+
+
+def test_a_submitted_jobs_environment_is_merged_as_ray_does(driver: Driver) -> None:
+    job = json.dumps({"runtime_env": {"env_vars": {"FROM_JOB": "yes"}}, "metadata": {}})
+    ran = driver(
+        f"{ACTOR}\nray.init(runtime_env={{'env_vars': {{'MINE': '3'}}}}){END}", env={"RAY_JOB_CONFIG_JSON_ENV_VAR": job}
+    )
+    assert ran.result() == {"MINE": "3", "FROM_HOOK": None, "FROM_JOB": "yes"}
+    assert recorded(ran)
+    refused = "import ray\nray.init(runtime_env={'env_vars': {'FROM_JOB': 'no'}})"
+    with_us = driver(refused, env={"RAY_JOB_CONFIG_JSON_ENV_VAR": job}, check=False)
+    without = driver(refused, env={"RAY_JOB_CONFIG_JSON_ENV_VAR": job, "OTEL_SDK_DISABLED": "true"}, check=False)
+    assert with_us.returncode == without.returncode == 1
+    assert with_us.stderr.splitlines()[-1] == without.stderr.splitlines()[-1]
+
+
+def test_implicit_init_and_a_second_init(driver: Driver) -> None:
+    ran = driver(
+        f"""{ACTOR}
+actor = Actor.remote()
+assert ray.is_initialized()
+ray.init(ignore_reinit_error=True)
+try:
+    ray.init()
+except RuntimeError as error:
+    assert "twice" in str(error)
+print(json.dumps(ray.get(actor.env.remote())))"""
+    )
+    assert ran.result()["MINE"] is None and recorded(ran)
+
+
+def test_without_the_launcher_by_one_line(driver: Driver) -> None:
+    ran = driver(
+        f"""{ACTOR}
+import skyrl_otel
+env = skyrl_otel.runtime_env({{"env_vars": {{"MINE": "4"}}}})
+assert "OTEL_EXPORTER_OTLP_HEADERS" not in json.dumps(env) and "s3cr3t" not in json.dumps(env)
+ray.init(runtime_env=env){END}""",
+        env={
+            "SKYRL_OTEL_LAUNCHER": "",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+            "OTEL_EXPORTER_OTLP_HEADERS": "authorization=s3cr3t",
+        },
+    )
+    assert ran.result()["MINE"] == "4" and recorded(ran)
+    assert json.loads((ran.run / "token").read_text())["headers"] == {"authorization": "s3cr3t"}
+
+
+def test_the_client_is_refused_in_one_line(driver: Driver) -> None:
+    ran = driver(
+        """
+import ray
+ray.client = lambda *arguments, **options: print(arguments, options) or 1 / 0
+try:
+    ray.init("ray://127.0.0.1:1")
+except ZeroDivisionError:
+    print("their error")
+""",
+        env={"RAY_ADDRESS": ""},
+    )
+    assert ran.stdout == "('ray://127.0.0.1:1',) {'_deprecation_warn_enabled': False}\ntheir error\n"
+    assert ran.stderr.count("skyrl-otel: ray:// is Ray Client") == 1
+
+
+def test_actors_with_py_modules_of_their_own_live_and_are_recorded(driver: Driver, hooks: Path) -> None:
+    ran = driver(
+        f"""{ACTOR}
+@ray.remote(num_cpus=0.1)
+class Outer:
+    def work(self, modules):
+        return ray.get(Actor.options(runtime_env={{"py_modules": modules}}).remote().env.remote())
+ray.init(runtime_env={{"py_modules": ["{hooks}/their_hooks.py"]}})
+theirs = ray.get_runtime_context().runtime_env["py_modules"][:1]
+print(json.dumps([
+    ray.get(Actor.options(runtime_env={{"py_modules": theirs, "env_vars": {{"MINE": "5"}}}}).remote().env.remote()),
+    ray.get(Outer.remote().work.remote(theirs)),
+]))"""
+    )
+    assert [env["MINE"] for env in ran.result()] == ["5", None]
+    assert [w.text() for w in ran.writers if w.facts.get("actor_class") == "Actor" and "follow" not in w.facts] == [
+        b"recorded\n",
+        b"recorded\n",
+    ]
+
+
+def test_an_init_that_was_taken_before_we_wrapped_it(driver: Driver) -> None:
+    ran = driver(
+        f"""from ray import init
+{ACTOR}
+import skyrl_otel, time
+init(runtime_env=skyrl_otel.runtime_env())
+from skyrl_otel.integrations.ray import driver
+deadline = time.monotonic() + 20
+while not driver._served:
+    assert time.monotonic() < deadline
+    time.sleep(0.05){END}""",
+        env={"SKYRL_OTEL_LAUNCHER": ""},
+    )
+    assert recorded(ran)
+
+
+@pytest.mark.slow
+def test_under_rays_rotation_an_actor_loses_nothing_and_tasks_are_found_by_path(driver: Driver) -> None:
+    ran = driver(
+        """
+import json, os, ray
+ray.init(num_cpus=2, include_dashboard=False)
+@ray.remote(num_cpus=0.1)
+class Killed:
+    def work(self):
+        for i in range(2000): print("line", i)
+        os.kill(os.getpid(), 9)
+@ray.remote(num_cpus=0.1)
+def task(): return os.readlink("/proc/self/fd/1")
+try: ray.get(Killed.remote().work.remote())
+except ray.exceptions.RayActorError: pass
+print(json.dumps(ray.get(task.remote())))
+""",
+        env={"RAY_ADDRESS": "local", "RAY_ROTATION_MAX_BYTES": "20000", "RAY_ROTATION_BACKUP_COUNT": "3"},
+    )
+    assert ran.result().startswith("pipe:")
+    assert ran.actor("Killed").text().splitlines() == [f"line {i}".encode() for i in range(2000)]
+    [folder] = ran.followed("task")
+    assert Path(folder.facts["follow"]["out"]["path"]).name.startswith("worker-")

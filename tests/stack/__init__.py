@@ -1,0 +1,1 @@
+"""Tests that need more than this machine's Python and Ray: namespaces, real collectors, real engines."""

@@ -1,0 +1,60 @@
+"""Waiting for delivery: whose word counts."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from dataclasses import replace
+
+from skyrl_otel.terminal.drain import Node, Outcome, drain
+
+HERE = Node("here", 0.0, True, 0, 0, 10, 0, 0, "")
+
+
+def run(*answers: tuple[Node, ...] | Exception, timeout_s: float = 5.0, skip_after: int = 10**6) -> tuple[Outcome, int]:
+    """The outcome, and how often was asked. The last answer is repeated."""
+    asked = 0
+
+    def ask() -> tuple[Node, ...]:
+        nonlocal asked
+        answer = answers[min(asked, len(answers) - 1)]
+        asked += 1
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    outcome = drain(
+        ask, here="here", ended_at=time.monotonic() - 1, timeout_s=timeout_s, is_skipped=lambda: asked > skip_after
+    )
+    return outcome, asked
+
+
+def test_a_report_from_before_the_end_does_not_count() -> None:
+    outcome, asked = run((replace(HERE, age_s=3.0),), (HERE,))
+    assert (outcome.complete, asked) == (True, 2)
+
+
+def test_this_nodes_agent_must_have_spoken() -> None:
+    outcome, asked = run(
+        (), (replace(HERE, name="there"),), ConnectionRefusedError(), http.client.BadStatusLine(""), (HERE,)
+    )
+    assert (outcome.complete, asked) == (True, 5)
+
+
+def test_an_agent_that_left_with_everything_delivered_is_not_waited_for() -> None:
+    gone = replace(HERE, name="there", age_s=60.0)
+    assert run((HERE, gone))[1] == 1
+
+
+def test_a_node_that_does_not_answer_is_named() -> None:
+    silent = replace(HERE, name="there", age_s=60.0, writers_alive=2)
+    full = replace(HERE, name="full", drained=False, backlog_bytes=5)
+    outcome, _ = run((HERE, silent, full), timeout_s=0.3)
+    assert outcome.late == (silent, full)
+    assert not outcome.skipped
+
+
+def test_it_can_be_skipped() -> None:
+    outcome, asked = run((replace(HERE, drained=False),), skip_after=2)
+    assert outcome.skipped
+    assert asked == 3

@@ -1,0 +1,225 @@
+"""From the command line to the store, with a real agent and a real collector."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skyrl_otel.spool import locks
+from skyrl_otel.spool.layout import RunDir
+
+from .conftest import Terminal, python, wait_until
+
+CLI = str(Path(sys.executable).with_name("skyrl-otel"))
+NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+
+class Site:
+    """A spool, a log folder and the commands on them."""
+
+    def __init__(self, root: Path, cwd: Path) -> None:
+        self.root, self.cwd = root, cwd
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.env = {
+            **os.environ,
+            "SKYRL_OTEL_SPOOL_DIR": str(root),
+            "SKYRL_OTEL_LOG_DIR": str(cwd / "logs"),
+            "SKYRL_OTEL_NODE_IP": "127.0.0.1",
+        }
+
+    def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [CLI, "run", "--", *command], env=self.env | env, cwd=self.cwd, start_new_session=True
+        )
+        self._processes.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self._processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # its command too
+            except ProcessLookupError:
+                pass
+            process.wait()
+        for status in self.root.glob("*/status"):  # an agent that cannot deliver would stay for ten minutes
+            try:
+                os.kill(json.loads(status.read_text())["supervisor_pid"], signal.SIGTERM)
+            except (OSError, ValueError):
+                pass
+
+    def run(self, *command: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*prefix, CLI, "run", "--", *command],
+            env=self.env | env,
+            cwd=self.cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def logs(self, *options: str) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [CLI, "logs", "--json", *options], env=self.env, cwd=self.cwd, capture_output=True, text=True, check=True
+        )
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def bodies(self) -> list[object]:
+        return [record["body"] for record in self.logs() if record["scope"] == "skyrl_otel.text"]
+
+    def run_dir(self) -> RunDir:
+        (path,) = self.root.iterdir()
+        return RunDir(path, path.name)
+
+
+@pytest.fixture
+def site(spool_root: Path, tmp_path: Path) -> Iterator[Site]:
+    site = Site(spool_root, tmp_path)
+    yield site
+    site.close()
+
+
+@pytest.mark.parametrize("ending", ["os._exit(3)", "raise ValueError('last')", "os.kill(os.getpid(), 9)"])
+def test_every_line_is_stored_once_the_last_one_too(site: Site, ending: str) -> None:
+    done = site.run(*python(f"import os, sys\nfor i in range(500): print('line', i, flush=True)\n{ending}"))
+    code = {"raise ": 1, "os.kil": -9}.get(ending[:6], 3)
+    assert done.returncode == code
+    bodies = site.bodies()
+    assert [body for body in bodies if str(body).startswith("line ")] == [f"line {i}" for i in range(500)]
+    if code == 1:
+        assert bodies.count("ValueError: last") == 1
+    assert "records from 1 process" in done.stderr
+    assert done.stderr.count("skyrl-otel: ") == 1
+
+
+def test_as_pid_1(site: Site) -> None:
+    done = site.run(*python("import os; os.write(1, b'last words'); os._exit(7)"), prefix=NAMESPACE)
+    assert (done.returncode, done.stdout) == (7, "last words")
+    assert site.bodies() == ["last words"]
+
+
+def test_a_driver_without_python(site: Site) -> None:
+    site.run("sh", "-c", "echo out; echo err >&2")
+    records = site.logs()
+    texts = [record for record in records if record["scope"] == "skyrl_otel.text"]
+    assert {(text["body"], text["attributes"]["log.iostream"]) for text in texts} == {
+        ("out", "stdout"),
+        ("err", "stderr"),
+    }
+    assert {record["resource"]["skyrl.role"] for record in records} == {"driver"}
+    assert {record["resource"]["skyrl.channel"] for record in records} == {"progress"}
+    logs = site.cwd / "logs"
+    assert sorted(path.suffix for path in logs.iterdir()) == [".db", ".log", ".log"]
+    assert {path.stat().st_mode & 0o077 for path in (logs, *logs.rglob("*"))} == {0}
+
+
+def test_a_terminal_sees_the_summary(site: Site) -> None:
+    terminal = Terminal([CLI, "run", "--", "echo", "hello"], site.env, site.cwd)
+    try:
+        assert terminal.finish() == 0
+    finally:
+        terminal.close()
+    assert terminal.output.startswith(b"hello\r\n")
+    assert b"records from 1 process" in terminal.output
+    assert b"skyrl-otel logs --run" in terminal.output
+
+
+def test_the_token_is_in_no_argument_and_no_environment(site: Site) -> None:
+    look = (
+        "import os, time\n"
+        "token = os.path.join(os.environ['SKYRL_OTEL_SPOOL_DIR'], os.environ['SKYRL_OTEL_RUN_ID'], 'token')\n"
+        "while not os.path.exists(token): time.sleep(.05)\n"
+        "import json; secret = json.load(open(token))['headers']['authorization'].split()[1].encode()\n"
+        "assert os.stat(token).st_mode & 0o777 == 0o600 and len(secret) > 20\n"
+        "for pid in filter(str.isdigit, os.listdir('/proc')):\n"
+        "    for name in ('cmdline', 'environ'):\n"
+        "        try: assert secret not in open(f'/proc/{pid}/{name}', 'rb').read(), (pid, name)\n"
+        "        except OSError: pass\n"
+        "print('looked')\n"
+    )
+    done = site.run(*python(look))
+    assert done.stdout == "looked\n", done.stderr
+
+
+def test_a_second_ctrl_c_skips_the_wait(site: Site) -> None:
+    env = site.env | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "SKYRL_OTEL_DRAIN_S": "60"}
+    terminal = Terminal([CLI, "run", "--", "sh", "-c", "echo hello; exit 5"], env, site.cwd)
+    try:
+        terminal.read_until(b"to deliver")
+        began = time.monotonic()
+        terminal.send(b"\x03")
+        status = terminal.finish()
+    finally:
+        terminal.close()
+    assert os.WEXITSTATUS(status) == 5
+    assert time.monotonic() - began < 10
+    assert b"still holds" in terminal.output
+
+
+def test_a_collector_that_is_killed_comes_back_where_it_was(site: Site) -> None:
+    code = "import os, sys, time\nfor i in range(200): print('line', i, flush=True); time.sleep(.02)\n"
+    process = site.start(*python(code))
+    seen: list[tuple[str, int]] = []
+
+    def ready_again() -> bool:
+        try:
+            ready = json.loads((site.run_dir().store / "ready").read_text())
+        except (OSError, ValueError):
+            return False
+        if seen and seen[-1][1] == ready["pid"]:
+            return False
+        seen.append((ready["url"], ready["pid"]))
+        return True
+
+    for _ in range(3):
+        wait_until(ready_again, "a collector")
+        os.kill(seen[-1][1], signal.SIGKILL)
+    assert process.wait(60) == 0
+    assert len({url for url, _ in seen}) == 1
+    assert site.bodies() == [f"line {i}" for i in range(200)]
+
+
+def test_two_launchers_of_one_run_share_a_collector(site: Site) -> None:
+    code = "import sys, time; print(sys.argv[1], flush=True); time.sleep(float(sys.argv[2]))"
+    first = site.start(*python(code), "first", "1", SKYRL_OTEL_RUN_ID="shared")
+    wait_until((site.root / "shared" / "store" / "ready").exists, "the first collector")
+    second = site.start(*python(code), "second", "4", SKYRL_OTEL_RUN_ID="shared")
+    assert (first.wait(60), second.wait(60)) == (0, 0)
+    assert sorted(map(str, site.bodies())) == ["first", "second"]
+
+
+def test_runs_of_one_job_one_after_the_other_are_runs_of_their_own(site: Site) -> None:
+    for word in ("first", "second"):
+        assert site.run("echo", word, SLURM_JOB_ID="77", SLURM_STEP_ID="0").returncode == 0
+    assert sorted(path.name for path in site.root.iterdir()) == ["slurm-77-0", "slurm-77-0.2"]
+
+
+def test_a_collector_of_a_launcher_that_was_killed_ends(site: Site) -> None:
+    """Nobody is left to end it: it must do so itself, and is told to by its command line."""
+    process = site.start("sleep", "60")
+    wait_until(lambda: any(site.root.glob("*/store/ready")), "the collector")
+    pid = json.loads((site.run_dir().store / "ready").read_text())["pid"]
+    process.kill()
+    process.wait()
+    command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    os.kill(pid, signal.SIGTERM)
+    assert b"--exit-when-drained" in command
+
+
+def test_the_next_launcher_of_a_run_ends_the_collector_of_one_that_was_killed(site: Site) -> None:
+    first = site.start("sleep", "60", SKYRL_OTEL_RUN_ID="again")
+    ready = site.root / "again" / "store" / "ready"
+    wait_until(ready.exists, "the first collector")
+    first.kill()
+    first.wait()
+    site.run("echo", "second", SKYRL_OTEL_RUN_ID="again")
+    assert "second" in site.bodies()
+    assert not locks.is_held(site.root / "again" / "store" / "lock")
