@@ -121,8 +121,8 @@ def split(
         position = end
     if state.children or b" pid=" in data:
         kept, marked = _mark_torn(pieces, state, max(cuts, default=-1))
-        if len(kept) < len(pieces) and (not kept or kept[-1].end < pieces[-1].end):
-            return kept, marked  # the line that waits is whole, so the state's part is that of a line's start
+        if pieces and (not kept or kept[-1].end < pieces[-1].end):
+            part = max(pieces[-1].part, 0)  # that one waits: the next reading begins with it
         return kept, replace(marked, part=part)
     return pieces, replace(state, part=part) if part != state.part else state
 
@@ -186,6 +186,8 @@ def _mark_torn(pieces: list[Piece], state: State, released: int) -> tuple[list[P
         while second := _CHILD.search(rest.body, position):
             position = second.end()
             before = rest.body[: second.start()]
+            if not before:  # the rest of a line, which in truth is another child's from its first byte on
+                owner = second[0]
             if second[0] == owner or second[0] not in children:
                 continue
             if owner is None and not tears and not _begun(children, before):
