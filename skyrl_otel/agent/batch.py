@@ -13,17 +13,22 @@ BATCH_BYTES = 1 << 20
 _FILE_BYTES = 256 << 10
 _LOW_WATER_KEYS = 64
 """Keys of the low-water header in one request: 64 of at most 62 bytes stay below 4 KB."""
+_WRITER_KEYS = 3
 
 
 @dataclass(slots=True)
 class Batch:
-    """`body` is the ExportLogsServiceRequest. `events` counts the own records of each writer in it."""
+    """`body` is the ExportLogsServiceRequest. `events` counts the own records of each writer in it.
+
+    `failed` names the writers that could not be read, or whose journal could not be written; nothing of theirs is in it.
+    """
 
     body: bytes = b""
     records: int = 0
     moves: list[Move] = field(default_factory=list)
     events: list[tuple[Writer, int]] = field(default_factory=list)
-    low_water: str = ""
+    low_water: list[str] = field(default_factory=list)
+    failed: list[tuple[Writer, OSError]] = field(default_factory=list)
 
     @property
     def writer_ids(self) -> set[str]:
@@ -32,45 +37,70 @@ class Batch:
     def __bool__(self) -> bool:
         return bool(self.moves or self.events)
 
+    def undo(self) -> None:
+        """It will not be sent; of all that is under way it is the newest."""
+        for move in self.moves:
+            move.file.undo(move)
+        for writer, count in self.events:
+            writer.undo_events(count)
+
 
 def build(writers: Iterable[Writer], budget: int = BATCH_BYTES) -> Batch:
     """Take records from the writers in turn until `budget` bytes are reached; journals are flushed before it returns.
 
-    Raises:
-        OSError: a journal could not be written; nothing of this batch may be sent, rewind the writers.
+    Never raises OSError: a writer that fails is left out and named.
     """
+    parts: list[Batch] = []
     batch = Batch()
-    parts: list[bytes] = []
-    low_water: list[str] = []
     size = 0
     for writer in writers:
-        if size >= budget or len(low_water) + 3 > _LOW_WATER_KEYS:
+        if size >= budget or sum(len(part.low_water) for part in parts) + _WRITER_KEYS > _LOW_WATER_KEYS:
             break
-        scopes: dict[int, list[bytes]] = {}
-        if writer.events:
-            low_water.append(f"{writer.writer_id}/decisions/0={writer.events_low_water}")
-            by_identity: dict[int, list[bytes]] = {}
-            events = writer.take_events()
-            for seq, record in events:
-                by_identity.setdefault(seq, []).append(record)
-                size += len(record)
-            for seq, records in by_identity.items():
-                scopes.setdefault(seq, []).append(otlp.scope_logs(EVENT_SCOPE, records))
-            batch.events.append((writer, len(events)))
-            batch.records += len(events)
-        for file in writer.files.values():
-            move, sections = file.take(min(_FILE_BYTES, budget))
-            if move is None:
-                continue
-            batch.moves.append(move)
-            acked = file.acked.offset if file.acked.generation == move.to.generation else move.before.offset
-            low_water.append(f"{writer.writer_id}/{file.name}/{move.to.generation}={acked}")
-            for section in sections:
-                scopes.setdefault(section.identity_seq, []).append(otlp.scope_logs(TEXT_SCOPE, section.records))
-                size += section.size
-                batch.records += len(section.records)
-        writer.flush()
-        parts += [otlp.resource_logs(writer.resource(seq), encoded) for seq, encoded in scopes.items()]
-    batch.body = b"".join(parts)
-    batch.low_water = ",".join(low_water)
+        part = Batch()
+        try:
+            _fill(part, writer, budget - size)
+        except OSError as error:
+            part.undo()
+            batch.failed.append((writer, error))
+            continue
+        size += len(part.body)
+        parts.append(part)
+    for part in parts:
+        batch.moves += part.moves
+        batch.events += part.events
+        batch.low_water += part.low_water
+        batch.records += part.records
+    batch.body = b"".join(part.body for part in parts)
     return batch
+
+
+def _fill(part: Batch, writer: Writer, budget: int) -> None:
+    """What one writer has, about `budget` bytes of it and at least a record if there is one. Raises OSError."""
+    scopes: dict[int, list[bytes]] = {}
+    size = 0
+    if writer.events:
+        part.low_water.append(f"{writer.writer_id}/decisions/0={writer.events_low_water}")
+        events = writer.take_events(budget)
+        part.events.append((writer, len(events)))
+        part.records += len(events)
+        by_identity: dict[int, list[bytes]] = {}
+        for seq, record in events:
+            by_identity.setdefault(seq, []).append(record)
+            size += len(record)
+        for seq, records in by_identity.items():
+            scopes.setdefault(seq, []).append(otlp.scope_logs(EVENT_SCOPE, records))
+    for file in writer.files.values():
+        if size >= budget:
+            break
+        move, sections = file.take(min(_FILE_BYTES, budget - size))
+        if move is None:
+            continue
+        part.moves.append(move)
+        acked = file.acked.offset if file.acked.generation == move.to.generation else move.before.offset
+        part.low_water.append(f"{writer.writer_id}/{file.name}/{move.to.generation}={acked}")
+        for section in sections:
+            scopes.setdefault(section.identity_seq, []).append(otlp.scope_logs(TEXT_SCOPE, section.records))
+            size += section.size
+            part.records += len(section.records)
+    writer.flush()
+    part.body = b"".join(otlp.resource_logs(writer.resource(seq), encoded) for seq, encoded in scopes.items())

@@ -76,16 +76,21 @@ class Sender:
             self._ready.notify()
 
     def _run(self) -> None:
-        client = Client(self.shipping)
+        client: Client | None = None
         while True:
             with self._ready:
                 while self._job is None and not self._closed:
                     self._ready.wait()
                 if self._job is None:
-                    client.close()
+                    if client is not None:
+                        client.close()
                     return
                 (body, low_water), self._job = self._job, None
-            answer = client.post(body, low_water)
+            try:
+                client = client or Client(self.shipping)
+                answer = client.post(body, low_water)
+            except Exception as error:  # a URL or header that no library takes: an answer, or nobody ever gets one
+                answer = Answer("unauthorized", f"{self.shipping.endpoint}: {error}; check OTEL_EXPORTER_OTLP_ENDPOINT")
             if answer.verdict in ("retry", "unauthorized"):
                 self._failures += 1
                 answer = Answer(answer.verdict, answer.reason, 0, answer.wait_s or self._backoff(answer.verdict))
@@ -142,7 +147,12 @@ class Client:
 
     def _attempt(self, body: bytes, headers: dict[str, str]) -> Answer:
         connection = self._connection or self._connect()
-        connection.request("POST", self._path, body, headers)
+        try:
+            connection.request("POST", self._path, body, headers)
+        except (BrokenPipeError, ConnectionResetError):
+            # A receiver that refuses a body (413, 401) may close before it has read all of it. Its answer is there to be
+            # read; where it is not, getresponse() raises.
+            pass
         response = connection.getresponse()
         content = response.read(1 << 20)
         if response.will_close:

@@ -24,8 +24,11 @@ from skyrl_otel.spool.layout import open_file, punch
 PARTIAL_S = 1.0
 """A partial line older than this is sent as it is and continued later."""
 
-_READ_BYTES = 2 * assemble.PART_BYTES
-"""Enough to always hold a whole line or the part of one."""
+_READ_BYTES = 3 * assemble.PART_BYTES
+"""Enough to always hold a whole line or the part of one, and in a stream that tears lines the one after it too."""
+
+_MOST_MARKS = 512
+"""Past this a file's unsent marks are thinned: in an outage times grow coarse, memory and journal do not grow."""
 
 _RECORD_OVERHEAD = 200
 """Bytes of a record beyond its line, and a little more: bounds a request made of very short lines."""
@@ -65,6 +68,11 @@ class Move:
     before: Position
     to: Position
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.to.offset - self.before.offset
+
 
 class TextFile:
     """`followed` files belong to somebody else: they are found by path, may rotate, and are never punched."""
@@ -100,7 +108,7 @@ class TextFile:
         self._inode = inode
         self._floor = 0
         self._punched = 0
-        self._partial_at: tuple[int, int] | None = None
+        self._partial_at: tuple[int, int, int] | None = None
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
@@ -155,14 +163,23 @@ class TextFile:
     @property
     def ready(self) -> bool:
         """Whether `take` may find something: all that is unsent and is not known to be a partial line."""
-        return self.unsent > 0 and not self.held and self._partial_at != (self.seen, len(self.cuts))
+        return self.unsent > 0 and not self.held and not self._waits
 
     @property
     def is_drained(self) -> bool:
         """Everything is acknowledged but a partial line that is waited for."""
         if self.unacked == 0:
             return True
-        return self.sent.offset == self.acked.offset and self._partial_at == (self.seen, len(self.cuts))
+        return self.sent.offset == self.acked.offset and self._waits
+
+    @property
+    def _here(self) -> tuple[int, int, int]:
+        return self.sent.offset, self.seen, len(self.cuts)
+
+    @property
+    def _waits(self) -> bool:
+        """What is unsent is known to be a partial line."""
+        return self._partial_at == self._here
 
     def observe(self, now: int) -> bool:
         """Look at the file's size and mark it; True if it grew. Raises OSError for trouble of the spool itself."""
@@ -224,8 +241,11 @@ class TextFile:
             return []
 
     def _next_generation(self) -> bool:
-        """A followed file that is read to its end and has a successor: go on with the oldest that is newer."""
-        if self.unsent:
+        """A followed file that is delivered to its end and has a successor: go on with the oldest that is newer.
+
+        Not before the last byte is acknowledged: until then it may have to be read again.
+        """
+        if self.unacked:
             return False
         try:
             current = os.stat(self.path)
@@ -315,8 +335,7 @@ class TextFile:
             return
         if not final and now - newest.value < PARTIAL_S * 1e9:
             return
-        waits = self._partial_at == (self.seen, len(self.cuts))
-        if waits or os.pread(self._fd, 1, self.seen - 1) not in (b"\n", b""):
+        if self._waits or os.pread(self._fd, 1, self.seen - 1) not in (b"\n", b""):
             self.cuts.append(self._decide(self.name, self.generation, self.seen, "cut", None))
 
     def take(self, budget: int) -> tuple[Move | None, list[Section]]:
@@ -325,7 +344,7 @@ class TextFile:
         Returns:
             (None, []) where there is nothing to send. Raises OSError.
         """
-        if self.held or not self.unsent or self._fd < 0 or not self.identities:
+        if self.held or self.unsent <= 0 or self._fd < 0 or not self.identities:
             return None, []
         before_position = self.sent
         start = before_position.offset
@@ -349,10 +368,11 @@ class TextFile:
             cuts.append(limit)  # the line in front of a given-up range ends where that begins
         most = max(budget // _RECORD_OVERHEAD, 1)
         pieces, state = assemble.split(data[:budget], start, State.from_json(self.sent.state), cuts, max_pieces=most)
-        if not pieces and len(data) > budget:
-            pieces, state = assemble.split(data, start, State.from_json(self.sent.state), cuts, max_pieces=1)
+        for most in (1, 2):  # two where the first waits for the one after it, in a stream that tears lines
+            if not pieces and len(data) > budget:
+                pieces, state = assemble.split(data, start, State.from_json(self.sent.state), cuts, max_pieces=most)
         if not pieces:
-            self._partial_at = (self.seen, len(self.cuts))
+            self._partial_at = self._here
             return None, []
         end = pieces[-1].end
         tail = zlib.crc32(os.pread(self._fd, min(end, _TAIL_BYTES), max(end - _TAIL_BYTES, 0)))
@@ -409,19 +429,16 @@ class TextFile:
             self._forget()
 
     def undo(self, move: Move) -> None:
-        """The newest `take` was not sent and will not be: take it again later."""
+        """The newest `take` was not accepted and will not be sent as it was: take it again later, if it is still there."""
         if move.before.generation == self.generation:
             self.sent = move.before
-
-    def rewind(self) -> None:
-        """Nothing is under way any more: begin again at what is acknowledged."""
-        self.sent = self.acked
+        else:
+            self._lose(0, move.size, "truncated before it was acknowledged", skip=False)
 
     def refuse(self, move: Move, why: str) -> None:
         """The receiver will never take the bytes of `move`; counted lost, and skipped by a later reading."""
-        if move.before.generation == self.generation:
-            size = move.to.offset - move.before.offset
-            self._lose(move.before.offset, size, why, skip=True)
+        is_here = move.before.generation == self.generation
+        self._lose(move.before.offset if is_here else 0, move.size, why, skip=is_here)
 
     def give_back(self) -> None:
         """Punch what the checkpoint on disk has passed. Raises OSError."""
@@ -465,10 +482,20 @@ class TextFile:
         lines = [line for line in data.split(b"\n") if line.strip() and not _MARKER.match(line)]
         return (found.st_mtime_ns, lines[-1][-500:].decode("utf-8", "replace").strip()) if lines else (0, "")
 
-    def kept_decisions(self) -> list[Decision]:
-        """What a rewritten journal must still hold of this file."""
+    @property
+    def has_many_marks(self) -> bool:
+        """Whether thinning is due."""
+        return len(self.marks) > _MOST_MARKS
+
+    def thinned_marks(self) -> list[Decision]:
+        """Every second of the marks that no record was built on yet is left out, never the newest."""
+        built_on = bisect.bisect_left([mark.offset for mark in self.marks], max(self.sent.offset, self._floor)) + 1
+        return self.marks[:built_on] + self.marks[built_on:][::-2][::-1]
+
+    def kept_decisions(self, marks: list[Decision]) -> list[Decision]:
+        """What a rewritten journal must still hold of this file, with these marks."""
         own = [self.generation_decision] if self.generation_decision else []
-        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses]
+        return [*own, *marks, *self.cuts, *self.identities, *self.losses]
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -6,6 +6,7 @@ way the next one is prepared, so that reading and the receiver's work overlap; n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import select
@@ -41,7 +42,7 @@ _LINGER_S = 5.0
 _GIVE_UP_S = 600.0
 _GRACE_S = 8.0
 _RUBBISH_S = 60.0
-_SMALLEST_BATCH = 16 << 10
+_SMALLEST_BATCH = 256
 _RESERVED_BYTES = 256 << 20
 
 
@@ -64,7 +65,8 @@ class Agent:
         self._node = os.uname().nodename
         self._writers: OrderedDict[str, Writer] = OrderedDict()
         self._active: dict[str, float] = {}
-        self._broken: dict[str, str] = {}
+        self._broken: dict[str, str] = {}  # folders that cannot be read at all
+        self._troubles: dict[str, str] = {}  # what went wrong with a writer since the last sweep
         self._watcher = Watcher()
         self._epoll = select.epoll()
         self._epoll.register(link.fileno(), select.EPOLLIN)
@@ -72,6 +74,7 @@ class Agent:
             self._epoll.register(self._watcher.fd, select.EPOLLIN)
             self._watcher.watch_folder(run.path, "run")
         self._pidfds: dict[int, str] = {}
+        self._watched: set[str] = set()  # whose pidfd is, or was, in _pidfds
         self._reporter = Reporter()
         self._shipping: Shipping | None = None
         self._shipping_stat: tuple[int, int] | None = None
@@ -146,8 +149,8 @@ class Agent:
             elif descriptor == self._wake_r:
                 os.read(self._wake_r, 64)
             elif descriptor in self._pidfds:
-                self._activate(self._pidfds.pop(descriptor))
                 self._epoll.unregister(descriptor)
+                self._activate(self._pidfds.pop(descriptor))
 
     def _woken(self) -> None:
         for key in self._watcher.events():
@@ -169,18 +172,24 @@ class Agent:
 
     # -- writers -------------------------------------------------------------------------------------------------------
 
-    def _find_writers(self) -> None:
-        for writer_id, folder in self._run.writers():
-            if writer_id in self._writers or writer_id in self._broken:
+    def _find_writers(self, *, broken_too: bool = False) -> None:
+        found = list(self._run.writers())
+        if broken_too:
+            there = {writer_id for writer_id, _ in found}
+            self._broken = {writer_id: why for writer_id, why in self._broken.items() if writer_id in there}
+        for writer_id, folder in found:
+            if writer_id in self._writers or (writer_id in self._broken and not broken_too):
                 continue
             try:
                 writer = Writer(self._run.run_id, writer_id, folder)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
+                if self._broken.get(writer_id) != f"{folder}: {error}":
+                    _say(f"cannot read {folder}: {error!r}")
                 self._broken[writer_id] = f"{folder}: {error}"
-                _say(f"cannot read {folder}: {error!r}")
                 continue
+            self._broken.pop(writer_id, None)
             self._writers[writer_id] = writer
             self._activate(writer_id)
             self._last_writer_at = time.monotonic()
@@ -196,11 +205,11 @@ class Agent:
             try:
                 if writer.observe(now) or writer.backlog_bytes or writer.events:
                     self._active[writer_id] = time.monotonic()
-                if writer.pidfd is not None and writer.pidfd not in self._pidfds:
-                    self._watch_pid(writer)
+                self._watch_pid(writer)
                 writer.flush()
+                writer.bound_journal()
             except OSError as error:
-                self._lose_writer(writer, error)
+                self._trouble(writer, error)
                 continue
             if writer.ended and writer.is_delivered and not writer.is_alive() and self._may_remove(writer):
                 self._remove(writer)
@@ -208,12 +217,11 @@ class Agent:
                 self._rest(writer)
 
     def _watch_pid(self, writer: Writer) -> None:
-        assert writer.pidfd is not None
-        try:
-            self._epoll.register(writer.pidfd, select.EPOLLIN)
-        except FileExistsError:
+        if writer.pidfd is None or writer.writer_id in self._watched:
             return
+        self._epoll.register(writer.pidfd, select.EPOLLIN)
         self._pidfds[writer.pidfd] = writer.writer_id
+        self._watched.add(writer.writer_id)
 
     def _rest(self, writer: Writer) -> None:
         """Leave a quiet writer to inotify; without a watch it stays active."""
@@ -225,10 +233,12 @@ class Agent:
             if writer.observe(time.time_ns()):  # written between the last look and the watch
                 self._activate(writer.writer_id)
         except OSError as error:
-            self._lose_writer(writer, error)
+            self._trouble(writer, error)
 
     def _sweep(self) -> None:
         """Look at everything once in a while: a writer whose end nobody told, rubbish of writers that never came to be."""
+        self._troubles.clear()
+        self._find_writers(broken_too=True)
         for writer_id in self._writers:
             self._activate(writer_id)
         for entry in list(self._run.path.glob("t-*")):
@@ -245,22 +255,35 @@ class Agent:
         return all(other.facts.get("until_agent") for other in self._writers.values())
 
     def _remove(self, writer: Writer) -> None:
-        """All of it is delivered and nobody holds it: the folder goes, checkpoint last."""
+        """All of it is delivered and nobody holds it: the folder goes, in one step, so that a kill leaves no half of it."""
         self._forget(writer)
-        shutil.rmtree(writer.folder, ignore_errors=True)
         self._last_writer_at = time.monotonic()
+        rubbish = self._run.path / f"t-{writer.writer_id}"
+        try:
+            os.rename(writer.folder, rubbish)
+        except OSError as error:
+            self._broken[writer.writer_id] = f"{writer.folder} is delivered but cannot be removed: {error.strerror}"
+            return
+        shutil.rmtree(rubbish, ignore_errors=True)
 
-    def _lose_writer(self, writer: Writer, error: OSError) -> None:
+    def _trouble(self, writer: Writer, error: OSError) -> None:
+        """Whatever it is (a full disk, a lost permission), it may pass: the writer stays. But its folder may be gone."""
         if not writer.folder.exists():
+            _say(f"{writer.folder} was removed with {writer.backlog_bytes} bytes that are not delivered")
             self._lost_gone += writer.backlog_bytes
-        self._broken[writer.writer_id] = f"{writer.folder}: {error.strerror}"
-        _say(f"lost {writer.folder}: {error!r}")
-        self._forget(writer)
+            self._forget(writer)
+            return
+        message = f"{writer.folder}: {error.strerror}"
+        if self._troubles.get(writer.writer_id) != message:
+            _say(message)
+        self._troubles[writer.writer_id] = message
+        self._activate(writer.writer_id)
 
     def _forget(self, writer: Writer) -> None:
-        if writer.pidfd is not None and writer.pidfd in self._pidfds:
-            del self._pidfds[writer.pidfd]
+        if writer.pidfd is not None and self._pidfds.pop(writer.pidfd, None) is not None:
             self._epoll.unregister(writer.pidfd)
+        self._watched.discard(writer.writer_id)
+        self._troubles.pop(writer.writer_id, None)
         self._lost_gone += writer.lost_bytes
         writer.close()
         self._writers.pop(writer.writer_id, None)
@@ -297,19 +320,15 @@ class Agent:
             self._prepared = self._build()
         if self._inflight is None and self._prepared and time.monotonic() >= self._not_before:
             self._inflight, self._prepared = self._prepared, None
-            self._sender.submit(self._inflight.body, self._inflight.low_water)
+            self._sender.submit(self._inflight.body, ",".join(self._inflight.low_water))
 
     def _build(self) -> Batch | None:
         with_work = [self._writers[writer_id] for writer_id in self._active if self._writers[writer_id].has_work]
         if not with_work:
             return None
-        try:
-            batch = build(with_work, self._budget)
-        except OSError as error:
-            # Nothing was sent; what is on disk is still true.
-            self._error = f"cannot journal: {error.strerror}"
-            self._rewind()
-            return None
+        batch = build(with_work, self._budget)
+        for writer, error in batch.failed:
+            self._trouble(writer, error)
         for writer_id in batch.writer_ids:  # the next request begins with those who had no turn
             if writer_id in self._active:
                 self._active[writer_id] = self._active.pop(writer_id)
@@ -326,7 +345,8 @@ class Agent:
             self._accept(batch, answer)
         elif answer.verdict == "too_large" and self._shrink(batch):
             self._inflight = None
-            self._rewind()
+            self._undo_prepared()
+            batch.undo()
         elif answer.verdict in ("refused", "too_large"):
             self._inflight = None
             self._refuse(batch, answer)
@@ -341,18 +361,19 @@ class Agent:
     def _hold_back(self, batch: Batch) -> None:
         """The same bytes again, later. What was prepared behind them is read again then."""
         self._inflight = None
-        if self._prepared is not None:
-            for move in self._prepared.moves:
-                move.file.undo(move)
-            for writer, count in self._prepared.events:
-                writer.undo_events(count)
+        self._undo_prepared()
         self._prepared = batch
+
+    def _undo_prepared(self) -> None:
+        if self._prepared is not None:
+            self._prepared.undo()
+            self._prepared = None
 
     def _accept(self, batch: Batch, answer: Answer) -> None:
         self._sent_records += batch.records - answer.rejected
         self._sent_bytes += len(batch.body)
         self._rejected += answer.rejected
-        self._budget = min(BATCH_BYTES, self._budget + self._budget // 16)
+        self._budget = min(BATCH_BYTES, self._budget + max(self._budget // 16, 4096))
         self._advance(batch)
 
     def _advance(self, batch: Batch) -> None:
@@ -382,11 +403,6 @@ class Agent:
             move.file.refuse(move, f"refused by the receiver: {answer.reason}")
         self._rejected += batch.records
         self._advance(batch)
-
-    def _rewind(self) -> None:
-        self._inflight = self._prepared = None
-        for writer in self._writers.values():
-            writer.rewind()
 
     # -- bounds and ends -----------------------------------------------------------------------------------------------
 
@@ -418,7 +434,9 @@ class Agent:
                 return
 
     def _is_drained(self) -> bool:
-        return self._inflight is None and all(writer.is_drained for writer in self._writers.values())
+        if self._inflight is not None or self._broken:
+            return False
+        return all(writer.is_drained for writer in self._writers.values())
 
     def _report(self, drained: bool) -> None:
         if drained:  # the truth of this moment, not of the last look: somebody waits for this word and then goes
@@ -444,7 +462,7 @@ class Agent:
             retries=self._retries,
             restarts=self._restarts,
             error=self._error,
-            notes=tuple(list(self._broken.values())[:5]),
+            notes=(*self._broken.values(), *self._troubles.values())[:5],
         )
         try:
             status.write(self._run)
@@ -477,4 +495,5 @@ class Agent:
 
 def _say(line: str) -> None:
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{stamp} {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk too
+        print(f"{stamp} {line}", file=sys.stderr, flush=True)

@@ -51,12 +51,17 @@ class Writer:
         self._facts: dict[str, Any] = {}
         self._resources: dict[int, bytes] = {}
         self._journal = Journal.open(folder / "decisions")
+        self._journal_kept = 0
         self._events_unacked: list[Decision] = []
         self._once: list[Decision] = []  # the end and identity events, so that a later agent does not decide them again
         self._ended = self._told = self._restored = False
         self._ended_at = 0
         self._oom_kills = ending.oom_kills()
-        self._restore()
+        try:
+            self._restore()
+        except BaseException:
+            self.close()
+            raise
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +151,14 @@ class Writer:
             else:
                 self._assign(file, fresh)
         if self.pidfd is None and not self._ended and isinstance(self._facts.get("pid"), int):
-            self.pidfd = ending.open_pidfd(self._facts["pid"])
+            self._watch_process(self._facts["pid"])
+
+    def _watch_process(self, pid: int) -> None:
+        self.pidfd = ending.open_pidfd(pid)
+        if self.pidfd is not None and not self.is_alive():
+            # Gone before we looked: the number may be another process's by now.
+            os.close(self.pidfd)
+            self.pidfd = None
 
     def _names(self) -> list[str]:
         follow = self._facts.get("follow")
@@ -228,9 +240,6 @@ class Writer:
             elif self.pidfd is not None and now - self._ended_at < _EXIT_STATUS_WAIT_NS:
                 return  # its parent has not reaped it yet
         self._ended = True
-        if self.pidfd is not None:
-            os.close(self.pidfd)
-            self.pidfd = None
         for file in self.files.values():
             file.observe(now)
             if file.held:
@@ -291,12 +300,19 @@ class Writer:
         """Decisions to disk; nothing built on them may leave before. Raises OSError."""
         self._journal.flush()
 
-    def take_events(self) -> list[tuple[int, bytes]]:
-        """(identity seq, record) of each event not under way; they are under way now."""
-        taken = self.events
-        self.events = []
-        self._events_unacked += taken
-        return [(decision.value["identity"], self._event_record(decision)) for decision in taken]
+    def take_events(self, budget: int) -> list[tuple[int, bytes]]:
+        """(identity seq, record) of the oldest events not under way, at least one, about `budget` bytes of them; they are
+        under way now."""
+        records: list[tuple[int, bytes]] = []
+        size = 0
+        for decision in self.events:
+            records.append((decision.value["identity"], self._event_record(decision)))
+            size += len(records[-1][1])
+            if size >= budget:
+                break
+        self._events_unacked += self.events[: len(records)]
+        self.events = self.events[len(records) :]
+        return records
 
     def _event_record(self, decision: Decision) -> bytes:
         value = decision.value
@@ -349,13 +365,6 @@ class Writer:
         self.events = self._events_unacked[keep:] + self.events
         del self._events_unacked[keep:]
 
-    def rewind(self) -> None:
-        """Nothing is under way any more."""
-        self.events = self._events_unacked + self.events
-        self._events_unacked = []
-        for file in self.files.values():
-            file.rewind()
-
     def write_checkpoint(self) -> None:
         """Put the acknowledged positions on disk, then give the bytes below back. Raises OSError."""
         self.flush()
@@ -364,16 +373,27 @@ class Writer:
         )
         for file in self.files.values():
             file.give_back()
-        if self._journal.size > _JOURNAL_BYTES:
-            self._shorten_journal()
+        self.bound_journal()
 
-    def _shorten_journal(self) -> None:
-        kept = [decision for file in self.files.values() for decision in file.kept_decisions()]
+    def bound_journal(self) -> None:
+        """Write a journal that grew long anew, with fewer marks where there are many. Raises OSError; then it stays."""
+        thinned = {
+            name: file.thinned_marks() if file.has_many_marks else file.marks for name, file in self.files.items()
+        }
+        many = any(len(thinned[name]) < len(file.marks) for name, file in self.files.items())
+        if many or self._journal.size > max(_JOURNAL_BYTES, 2 * self._journal_kept):
+            self._rewrite_journal(thinned)
+            self._journal_kept = self._journal.size
+
+    def _rewrite_journal(self, marks: Mapping[str, list[Decision]]) -> None:
+        kept = [decision for name, file in self.files.items() for decision in file.kept_decisions(marks[name])]
         kept += self._events_unacked + self.events + self._once
         # Seq numbers are uids: the next one must never fall back below one that was used.
         kept.append(Decision(self._journal.next_seq - 1, "", 0, 0, "mark", 0))
         unique = {decision.seq: decision for decision in reversed(kept)}
         self._journal.rewrite([unique[seq] for seq in sorted(unique)])
+        for name, file in self.files.items():
+            file.marks = marks[name]
 
     # -- totals --------------------------------------------------------------------------------------------------------
 

@@ -73,11 +73,18 @@ class Journal:
         return decision
 
     def flush(self) -> None:
-        """Append what was decided since, in one write(2). Raises OSError; then nothing may be sent yet."""
+        """Append what was decided since, in one write(2). Raises OSError; then nothing may be sent yet.
+
+        After an error nothing of it stands in the file, and the next call tries again.
+        """
         if not self._pending:
             return
         data = b"".join(self._pending)
-        write_all(self._fd, data)
+        try:
+            write_all(self._fd, data)
+        except OSError:
+            os.ftruncate(self._fd, self.size)
+            raise
         self._pending.clear()
         self.size += len(data)
 

@@ -6,6 +6,7 @@ a check is refused, never repaired: somebody else may have put it there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -220,12 +221,17 @@ def write_all(descriptor: int, content: bytes) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Replace `path` so that a reader, or a kill at any moment, sees the old content or the new. Raises OSError."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = open_file(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        write_all(descriptor, content)
-    finally:
-        os.close(descriptor)
-    os.replace(scratch, path)
+        descriptor = open_file(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            write_all(descriptor, content)
+        finally:
+            os.close(descriptor)
+        os.replace(scratch, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)  # a full disk must not be filled by what could not be written
+        raise
 
 
 def check_disk(root: Path, *, allow_tmpfs: bool) -> None:

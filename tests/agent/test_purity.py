@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from skyrl_otel.agent import textfile
 from skyrl_otel.agent.batch import Batch, build
 from skyrl_otel.agent.writer import Writer
-from skyrl_otel.spool import layout
+from skyrl_otel.spool import decisions, layout
 from skyrl_otel.spool.writer import WriterFolder
 from tests.receiver import decode
 
@@ -43,8 +48,9 @@ class Crashes(RuleBasedStateMachine):
         self.sent: dict[str, bytes] = {}
         self.ranges: dict[str, dict[int, int]] = {"out": {}, "err": {}}
         self.acked: set[str] = set()
-        self.under_way: Batch | None = None
+        self.under_way: list[Batch] = []  # at most two, the older one first: the newer is prepared, not yet sent
         self.rank = 0
+        self.disk_full = False
         self.agent = self.start()
 
     def start(self) -> Writer:
@@ -66,13 +72,38 @@ class Crashes(RuleBasedStateMachine):
         self.now += passed_ms * 1_000_000
         self.agent.observe(self.now)
 
-    @precondition(lambda self: self.under_way is None)
-    @rule(budget=st.sampled_from([16 << 10, 1 << 20]))
+    @rule()
+    def tidy(self) -> None:
+        self.agent.bound_journal()
+
+    @rule(full=st.booleans())
+    def disk(self, full: bool) -> None:
+        self.disk_full = full
+
+    @precondition(lambda self: len(self.under_way) < 2)
+    @rule(budget=st.sampled_from([256, 16 << 10, 1 << 20]))
     def send(self, budget: int) -> None:
-        batch = build([self.agent], budget)
-        if not batch:
-            return
-        self.under_way = batch
+        with self.disk_of(self.agent):
+            batch = build([self.agent], budget)
+        assert not batch.failed or not batch
+        if batch:
+            self.under_way.append(batch)
+
+    @contextmanager
+    def disk_of(self, agent: Writer) -> Iterator[None]:
+        """The journal's disk is as `disk` says: a write on a full one writes a few bytes and fails."""
+
+        def write_a_little(descriptor: int, content: bytes) -> None:
+            os.write(descriptor, content[:-3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch:
+            if self.disk_full:
+                patch.setattr(decisions, "write_all", write_a_little)
+            yield
+
+    def left(self, batch: Batch) -> None:
+        """The receiver may have `batch`."""
         for record in decode(batch.body):
             before = self.sent.setdefault(record.uid, record.raw)
             assert before == record.raw, f"sent twice, differently: {record}"
@@ -80,35 +111,41 @@ class Crashes(RuleBasedStateMachine):
             if name in self.ranges:
                 start, end = map(int, offsets.split("-"))
                 assert self.ranges[name].setdefault(start, end) == end
-        for item in batch.low_water.split(","):
+        for item in batch.low_water:
             key, offset = item.split("=")
             for uid in {record.uid for record in decode(batch.body) if record.uid.startswith(key + "/")}:
                 assert int(uid.rpartition("/")[2].split("-")[0]) >= int(offset), "sent below its own low-water mark"
 
-    @precondition(lambda self: self.under_way is not None)
+    @precondition(lambda self: self.under_way)
     @rule(checkpointed=st.booleans())
     def accept(self, checkpointed: bool) -> None:
-        assert self.under_way is not None
-        for move in self.under_way.moves:
+        batch = self.under_way[0]
+        self.left(batch)
+        for move in batch.moves:
             move.file.accept(move.to)
-        for writer, count in self.under_way.events:
+        for writer, count in batch.events:
             writer.accept_events(count)
-        self.under_way = None
-        if checkpointed:
+        if checkpointed and not self.disk_full:
+            del self.under_way[0]
             self.agent.write_checkpoint()
         else:
             self.crash()
 
-    @precondition(lambda self: self.under_way is not None)
-    @rule()
-    def fail(self) -> None:
-        self.agent.rewind()
-        self.under_way = None
+    @precondition(lambda self: self.under_way)
+    @rule(all_of_it=st.booleans())
+    def undo(self, all_of_it: bool) -> None:
+        while self.under_way:
+            self.under_way.pop().undo()
+            if not all_of_it:
+                break
 
     @rule()
     def crash(self) -> None:
+        if self.under_way:
+            self.left(self.under_way[0])
         self.agent.close()
-        self.under_way = None
+        self.under_way = []
+        self.disk_full = False
         self.agent = self.start()
 
     @invariant()
@@ -120,11 +157,12 @@ class Crashes(RuleBasedStateMachine):
                 position = end
 
     def teardown(self) -> None:
+        self.disk_full = False
         for _ in range(40):
             self.look(1500)
-            if self.under_way is None:
+            if not self.under_way:
                 self.send(1 << 20)
-            if self.under_way is not None:
+            if self.under_way:
                 self.accept(True)
         for name, data in self.written.items():
             position = 0
@@ -137,5 +175,13 @@ class Crashes(RuleBasedStateMachine):
         shutil.rmtree(self.root, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_marks() -> Iterator[None]:
+    """So that a short story thins them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textfile, "_MOST_MARKS", 4)
+        yield
+
+
 TestCrashes = Crashes.TestCase
-TestCrashes.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestCrashes.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
