@@ -11,6 +11,7 @@ import codecs
 import errno
 import io
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -38,7 +39,7 @@ class _Pending:
     its own thread's print finds either all of the text or none.
     """
 
-    __slots__ = ("__weakref__", "age", "kept", "lock", "pid", "pushing", "stream")
+    __slots__ = ("__weakref__", "age", "kept", "lock", "pid", "pushing", "stream", "thread")
 
     def __init__(self, stream: LineStream) -> None:
         self.kept: dict[int, bytes] = {}
@@ -46,6 +47,7 @@ class _Pending:
         self.pushing = False
         self.lock = threading.Lock()  # held by the watch thread (or the exit) while it pops and writes
         self.pid = os.getpid()
+        self.thread = threading.get_ident()
         self.stream = stream
 
     def wait(self) -> None:
@@ -53,16 +55,20 @@ class _Pending:
         with self.lock:
             pass
 
-    def push(self, timeout_s: float = -1) -> None:
-        """Write from another thread what the owner has begun."""
+    def push(self, timeout_s: float = -1, *, unless_writing: bool = False) -> bool:
+        """Write from another thread what the owner has begun; False if the owner is at it, or somebody else."""
         if not self.lock.acquire(timeout=timeout_s):
-            return
+            return False
         try:
             self.pushing = True
+            begun = self.kept.get(0)
+            if unless_writing and (_is_writing(self.thread) or self.kept.get(0) is not begun):
+                return False
             data = self.kept.pop(0, b"")
             self.age = 0
             if data:
                 self.stream._emit(data)
+            return True
         finally:
             self.pushing = False
             self.lock.release()
@@ -233,9 +239,7 @@ class LineStream(io.TextIOBase):
             if pending is None or not pending.kept:
                 continue
             pending.age += 1
-            if pending.age >= min_age:
-                pending.push()
-            else:
+            if pending.age < min_age or not pending.push(unless_writing=True):
                 waiting = True
         if waiting:
             self.active = True
@@ -350,6 +354,25 @@ class LineStream(io.TextIOBase):
     def __del__(self) -> None:
         # io.IOBase would close() here, perhaps in the middle of the interpreter's end.
         pass
+
+
+_WRITING = {method.__code__ for method in (LineStream.write, LineStream._put, LineStream.writelines, ByteStream.write)}
+
+
+def _is_writing(thread: int) -> bool:
+    """Whether a thread stands inside a print, between two of its calls of `write`.
+
+    CPython switches threads at a Python function's beginning, so one that lost the interpreter in the middle of a print is
+    found in ours. On a busy machine it may stay there for seconds; its line must not be torn for that.
+    """
+    frame = sys._current_frames().get(thread)
+    for _ in range(4):  # what `write` calls may be on top: an encoder, the marker
+        if frame is None:
+            return False
+        if frame.f_code in _WRITING:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _before_fork() -> None:

@@ -296,8 +296,9 @@ import os, subprocess
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", {str(tmp_path)!r}], check=True)
 import skyrl_otel
 skyrl_otel.attach(channel="infra")
-for i in range(20_000):
+for i in range(200):
     print("line", i)
+print("x" * 400_000)  # more than the disk, at once: no agent can make room for it in time
 from skyrl_otel.capture import guard
 lost = guard.counts["stream.lost_bytes"]
 skyrl_otel.detach()

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,3 +170,26 @@ def test_a_marker_sees_only_texts_that_begin_with_a_colon(stream: Recorded) -> N
         stream.write(text)
     assert seen == [":other\n", ":mine\n"]
     assert stream.writes == [b"plain\n", b":other\n"]
+
+
+def test_a_print_that_waits_for_the_interpreter_is_not_torn(stream: Recorded) -> None:
+    """However often the watch thread comes by: a thread inside print is not one that left a line unfinished."""
+    lines = [f"one {thread} two {n}\n".encode() for n in range(2000) for thread in range(3)]
+
+    def work(thread: int) -> None:
+        for n in range(2000):
+            print("one", thread, "two", n, file=stream)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            stream.push_partial(min_age=1)
+    finally:
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert sorted(os.pread(stream.fileno(), 1 << 20, 0).splitlines(True)) == sorted(lines)
