@@ -12,7 +12,7 @@ import http.client
 import os
 import random
 import socket
-import ssl
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -162,6 +162,8 @@ class Client:
     def _connect(self) -> http.client.HTTPConnection:
         host, port, timeout = self._url.hostname or "", self._url.port, self._shipping.timeout_s
         if self._url.scheme == "https":
+            import ssl  # only here: an interpreter without it still sends over http
+
             context = ssl.create_default_context(cafile=self._shipping.certificate or None)
             if self._shipping.client_certificate:
                 context.load_cert_chain(self._shipping.client_certificate, self._shipping.client_key or None)
@@ -250,9 +252,10 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
+    ssl = sys.modules.get("ssl")  # not imported: then it is no error of TLS
+    if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate refused: {error.verify_message}; set OTEL_EXPORTER_OTLP_CERTIFICATE to its CA"
-    if isinstance(error, ssl.SSLError):
+    if ssl is not None and isinstance(error, ssl.SSLError):
         return f"TLS failed ({error.reason or error}); is this a plain http port?"
     if isinstance(error, http.client.BadStatusLine | http.client.RemoteDisconnected):
         return "the other side does not answer in HTTP; is this a gRPC or TLS port?"

@@ -33,6 +33,9 @@ _MOST_MARKS = 512
 _RECORD_OVERHEAD = 200
 """Bytes of a record beyond its line, and a little more: bounds a request made of very short lines."""
 
+_MAYBE_LOST = "truncated after an agent ended that may have sent some of it"
+"""Why of an upper bound: that agent did not live to hear what the receiver took."""
+
 _TAIL_BYTES = 64
 _PUNCH_BYTES = 1 << 20
 _BLOCK = 4096
@@ -107,6 +110,7 @@ class TextFile:
         self._fd = -1
         self._inode = inode
         self._floor = 0
+        self._maybe_sent = 0
         self._punched = 0
         self._partial_at: tuple[int, int, int] | None = None
 
@@ -122,7 +126,7 @@ class TextFile:
                     unsure = decision.offset - self.acked.offset
                     self._start_generation(decision)
                     if unsure > 0:
-                        self._lose(0, unsure, "truncated before it was acknowledged", skip=False)
+                        self._lose(0, unsure, _MAYBE_LOST, skip=False)
                 elif decision.generation == self.acked.generation:
                     self.generation_decision = decision
                     self._inode = (decision.value["dev"], decision.value["ino"])
@@ -132,6 +136,7 @@ class TextFile:
         self.seen = max([self.acked.offset, *(mark.offset for mark in self.marks)])
         # What an earlier agent sent it sent below its last mark: nothing new may change the meaning of those bytes.
         self._floor = self.seen if self.identities else self.acked.offset
+        self._maybe_sent = self.seen
         self._forget()
 
     def _sorted_list(self, decision: Decision) -> list[Decision]:
@@ -275,12 +280,14 @@ class TextFile:
     def _replaced(self, size: int, why: str) -> None:
         """The bytes are not the ones we knew: count what was seen and not read, begin again at 0."""
         lost = self.seen - self.sent.offset
+        unsure = max(self._maybe_sent - self.sent.offset, 0)
         if self._fd >= 0:
             found = os.fstat(self._fd)
             self._inode = (found.st_dev, found.st_ino)
         self._new_generation(lost)
-        if lost:
-            self._lose(0, lost, why, skip=False)
+        for size, reason in ((unsure, _MAYBE_LOST), (lost - unsure, why)):
+            if size:
+                self._lose(0, size, reason, skip=False)
 
     def _new_generation(self, lost: int) -> None:
         assert self._inode is not None
@@ -295,7 +302,7 @@ class TextFile:
         self.generation_decision = decision
         self.acked = self.sent = Position(decision.generation, 0)
         self._inode = (decision.value["dev"], decision.value["ino"])
-        self.seen = self._floor = self._punched = 0
+        self.seen = self._floor = self._maybe_sent = self._punched = 0
         self.marks, self.cuts, self.identities, self.losses = [], [], [], []
 
     def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:
@@ -433,7 +440,7 @@ class TextFile:
         if move.before.generation == self.generation:
             self.sent = move.before
         else:
-            self._lose(0, move.size, "truncated before it was acknowledged", skip=False)
+            self._lose(0, move.size, "truncated before it could be sent again", skip=False)
 
     def refuse(self, move: Move, why: str) -> None:
         """The receiver will never take the bytes of `move`; counted lost, and skipped by a later reading."""

@@ -73,6 +73,7 @@ def see_off(
         driver_failed=failed,
         over_unix_nano=over_unix_nano,
         shutdown_unix_nano=_shutdown_began(run_dir),
+        agent_said=_last_line(run_dir.path / "agent.log"),
         unrecorded_bytes=sum(pump.lost_bytes for pump in pumps),
         remarks=(*collector.remarks, *_unprinted(pumps)),
     )
@@ -88,6 +89,14 @@ def _shutdown_began(run_dir: RunDir) -> int | None:
         return int(read_file(run_dir.path / "shutdown"))
     except (OSError, ValueError):
         return None
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = read_file(path).decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _store(run_dir: RunDir, ready: Ready | None) -> RunSummary | None:

@@ -35,6 +35,7 @@ class Facts:
         driver_failed: whether that was with anything but 0.
         over_unix_nano: when the command ended.
         shutdown_unix_nano: when it began to end its cluster, if that is known.
+        agent_said: the last line of this node's agent's log.
         unrecorded_bytes: printed, but not taken by the spool.
         remarks: sentences about what else did not work.
     """
@@ -48,6 +49,7 @@ class Facts:
     driver_failed: bool
     over_unix_nano: int
     shutdown_unix_nano: int | None = None
+    agent_said: str = ""
     unrecorded_bytes: int = 0
     remarks: tuple[str, ...] = ()
 
@@ -173,7 +175,7 @@ def _complaints(facts: Facts) -> list[tuple[str, ...]]:
     if not facts.outcome.nodes:
         found.append(
             (
-                "this node's agent has not reported",
+                f"this node's agent has not reported{': ' + visible(facts.agent_said) if facts.agent_said else ''}",
                 f"lines are kept in {facts.spool}; to deliver them: {_replay(facts)}",
             )
         )

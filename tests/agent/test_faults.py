@@ -155,7 +155,22 @@ def test_bytes_under_way_when_their_file_is_emptied_are_counted_if_they_do_not_a
     desk.look()
     assert desk.lost() == [(len(b"prepared\n"), "truncated by its writer")]
     batch.undo()
-    assert desk.lost()[-1] == (len(b"under way\n"), "truncated before it was acknowledged")
+    assert desk.lost()[-1] == (len(b"under way\n"), "truncated before it could be sent again")
+
+
+def test_what_an_agent_that_was_killed_had_sent_is_counted_as_maybe_lost(desk: Desk) -> None:
+    desk.write(b"maybe\n")
+    desk.look()
+    assert desk.build(), "sent, and then killed before the answer"
+    desk.restart()
+    desk.write(b"for certain\n")
+    desk.look()
+    os.truncate(desk.folder.path / "out", 0)
+    desk.look()
+    assert desk.lost() == [
+        (len(b"maybe\n"), "truncated after an agent ended that may have sent some of it"),
+        (len(b"for certain\n"), "truncated by its writer"),
+    ]
 
 
 def test_a_refused_batch_of_an_emptied_file_is_counted(desk: Desk) -> None:

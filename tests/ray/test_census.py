@@ -350,13 +350,16 @@ def test_what_a_reopened_file_destroyed_is_counted(result: Census) -> None:
     after = [record["body"] for record in streams["stderr"] if place(record)[2] == 1]
     assert after == ["clobbered", "after all"]
     losses = [
-        record["attributes"]["skyrl.lost.bytes"]
+        record["attributes"]
         for record in result.records
         if record["attributes"].get("event.name") == "skyrl.loss"
         and record["resource"].get("ray.actor.id") == clobbered["actor"]
     ]
     delivered = max(map(end, before), default=0)
-    assert delivered + sum(losses) == result.facts["clobbered_bytes"]
+    certain = sum(loss["skyrl.lost.bytes"] for loss in losses if "may have sent" not in loss["skyrl.lost.reason"])
+    at_most = sum(loss["skyrl.lost.bytes"] for loss in losses if "may have sent" in loss["skyrl.lost.reason"])
+    # An agent that was killed between send and checkpoint, before the file was emptied, takes with it what it knew of.
+    assert delivered + certain <= result.facts["clobbered_bytes"] <= delivered + certain + at_most
     assert all(
         record["resource"].get("ray.actor.id") == clobbered["actor"]
         for record in result.records

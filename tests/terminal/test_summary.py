@@ -143,6 +143,15 @@ def test_what_is_missing_is_said() -> None:
     ]
 
 
+def test_an_agent_that_could_not_start_is_quoted() -> None:
+    facts = replace(GOOD, outcome=Outcome((), (), skipped=False), agent_said="ImportError: no module named zlib")
+    said = [line for line in plain(facts).splitlines() if "this node's agent" in line]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "skyrl-otel: this node's agent has not reported: ImportError: no module named zlib: lines"
+    )
+
+
 def test_with_an_endpoint_of_the_users() -> None:
     facts = replace(GOOD, store=None, endpoint="https://user:geheim@gw:4318/v1/logs")
     assert plain(facts) == "skyrl-otel: run r1: 1,234 records delivered to https://gw:4318\n"
