@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ def command(
 
       skyrl-otel collector --run-id night-7 --host 10.0.0.5 --port 4318
     """
-    from skyrl_otel.collector import service
+    from skyrl_otel.collector import node_ip, service
     from skyrl_otel.config import Config, ConfigError
     from skyrl_otel.spool.layout import SpoolRefused, open_run
 
@@ -43,7 +44,7 @@ def command(
     settings = service.Settings(
         run=run,
         log_dir=(log_dir or config.log_dir).expanduser().absolute(),
-        host=host or config.node_ip or service.node_ip(),
+        host=node_ip.find(os.environ, given=host or config.node_ip),
         port=port,
         control_only=control_only,
         exit_when_drained=exit_when_drained,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from skyrl_otel.collector.service import Settings, main, node_ip
+from skyrl_otel.collector import node_ip
+from skyrl_otel.collector.service import Settings, main
 from skyrl_otel.config import Config
 from skyrl_otel.spool.layout import RunDir
 
@@ -27,7 +29,7 @@ def settings(argv: list[str]) -> Settings:
     return Settings(
         run=RunDir(given.run_dir.absolute(), given.run_dir.name),
         log_dir=given.log_dir.expanduser().absolute(),
-        host=given.host or node_ip(),
+        host=node_ip.find(os.environ, given=given.host),
         port=given.port,
         control_only=given.control_only,
         exit_when_drained=given.exit_when_drained,

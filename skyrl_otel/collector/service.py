@@ -13,7 +13,6 @@ import os
 import resource
 import secrets
 import signal
-import socket
 import sqlite3
 import sys
 import time
@@ -317,15 +316,3 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):
         pass
-
-
-def node_ip() -> str:
-    """The address other nodes reach this one at: the source address of the default route; no packet is sent."""
-    for family, target in ((socket.AF_INET, "8.8.8.8"), (socket.AF_INET6, "2001:4860:4860::8888")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((target, 53))
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
-    return "127.0.0.1"

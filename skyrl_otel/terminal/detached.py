@@ -14,10 +14,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
 from skyrl_otel.spool import layout
 from skyrl_otel.spool.layout import RunDir
-from skyrl_otel.terminal import node_ip
 from skyrl_otel.terminal.supervise import Collector, hand_out_token
 
 

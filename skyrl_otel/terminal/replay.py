@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_otel.capture.launch import ensure_agent
+from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
 from skyrl_otel.query.backlog import Backlog, measure
 from skyrl_otel.spool import locks, token
 from skyrl_otel.spool.layout import RunDir, read_file
-from skyrl_otel.terminal import node_ip
 from skyrl_otel.terminal.say import say
 from skyrl_otel.terminal.supervise import Collector, hand_out_token
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from skyrl_otel.capture import identity
 from skyrl_otel.capture.launch import ensure_agent
+from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
 from skyrl_otel.spool import layout, library, locks, token
 from skyrl_otel.spool.layout import RunDir, SpoolRefused
 from skyrl_otel.spool.writer import WriterFolder
-from skyrl_otel.terminal import child, node_ip, pty, signals
+from skyrl_otel.terminal import child, pty, signals
 from skyrl_otel.terminal import run_id as run_ids
 from skyrl_otel.terminal.keeper import AgentKeeper
 from skyrl_otel.terminal.pipes import Inlet, Pump, Stream, open_streams

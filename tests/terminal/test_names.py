@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from skyrl_otel.collector import node_ip
 from skyrl_otel.config import RUN_ID_PATTERN, Config
-from skyrl_otel.terminal import node_ip, run_id
+from skyrl_otel.terminal import run_id
 
 
 @pytest.mark.parametrize(
