@@ -248,7 +248,7 @@ def test_space_is_given_back_behind_the_checkpoint(node: Node) -> None:
     assert out.stat().st_size == 16 << 20
 
 
-def test_past_the_cap_the_oldest_go_and_are_counted(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invariant_5_past_the_cap_the_oldest_go_and_are_counted(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKYRL_OTEL_SPOOL_MAX", "4MB")
     folder = node.writer(role="r")
     line = b"y" * 1000

@@ -102,7 +102,7 @@ def test_the_text_is_cut_to_what_was_committed(collector: CollectorProcess) -> N
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_while_senders_repeat_until_acknowledged(
+def test_invariant_3_killed_at_random_moments_while_senders_repeat_all_is_there_once(
     collector: CollectorProcess, seed: int
 ) -> None:
     """Ten kills in all; what each sender got a 2xx for, and nothing else, is there once."""

@@ -16,7 +16,7 @@ PATHS = [("POST", "/v1/logs"), ("POST", "/v1/status"), ("GET", "/v1/agents"), ("
 WRONG = ["", "Bearer ", "Bearer wrong", "Basic {token}", "{token}", "Bearer {token}x", "bearer  {token}", "é"]
 
 
-def test_every_path_needs_the_token(collector: CollectorProcess) -> None:
+def test_invariant_8_every_path_needs_the_token(collector: CollectorProcess) -> None:
     client = collector.start()
 
     for method, path in PATHS:

@@ -14,7 +14,7 @@ import pytest
 from tests.collector_process import START, CollectorProcess, Line, is_root, request, wait_until
 
 
-def test_nothing_is_open_to_other_users(collector: CollectorProcess) -> None:
+def test_invariant_8_nothing_is_open_to_other_users(collector: CollectorProcess) -> None:
     client = collector.start()
     client.post(request([Line()]))
     folders = [collector.run.store, collector.log_dir]

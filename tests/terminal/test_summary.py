@@ -157,6 +157,6 @@ def test_with_an_endpoint_of_the_users() -> None:
     assert plain(facts) == "skyrl-otel: run r1: 1,234 records delivered to https://gw:4318\n"
 
 
-def test_what_a_model_prints_cannot_command_the_terminal() -> None:
+def test_invariant_6_what_a_model_prints_cannot_command_the_terminal() -> None:
     facts = replace(GOOD, store=replace(STORE, ends=(end("Rollout", 50, last_line="\x1b]0;owned\x07\x1b[2Jx"),)))
     assert "\x1b" not in block(facts, NO_COLOURS)
