@@ -1,7 +1,8 @@
 """One text file of a writer: how far it is seen, sent and acknowledged, and the records between.
 
-Three offsets, acked <= sent <= seen. What lies below `acked` may be punched; what lies below `sent` is in a request that is
-under way; `seen` is the newest time mark. Nothing is buffered: unsent bytes are read again from the file.
+Four offsets, acked <= sent <= seen <= size. What lies below `acked` may be punched; what lies below `sent` is in a request
+that is under way; `seen` is the newest time mark; `size` is the file's at the last look. Nothing is buffered: unsent bytes
+are read again from the file.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ PARTIAL_S = 1.0
 _READ_BYTES = 3 * assemble.PART_BYTES
 """Enough to always hold a whole line or the part of one, and in a stream that tears lines the one after it too."""
 
-_MOST_MARKS = 512
-"""Past this a file's unsent marks are thinned: in an outage times grow coarse, memory and journal do not grow."""
+_MANY_MARKS = 256
+"""Past this a file gets a new mark only when the last one is as old as a `_MANY_MARKS`th of the first one's age: in an outage
+times grow coarse (by 0.4 % of its length), and memory and journal with the logarithm of it."""
 
 _RECORD_OVERHEAD = 200
 """Bytes of a record beyond its line, and a little more: bounds a request made of very short lines."""
@@ -99,7 +101,7 @@ class TextFile:
         self.skip_markers = skip_markers
         self.acked = Position(0, first_offset)
         self.sent = self.acked
-        self.seen = first_offset
+        self.size = self.seen = first_offset
         self.held = False
         self.marks: list[Decision] = []
         self.cuts: list[Decision] = []
@@ -133,7 +135,7 @@ class TextFile:
             elif decision.generation == self.acked.generation:
                 self._sorted_list(decision).append(decision)
         self.sent = self.acked
-        self.seen = max([self.acked.offset, *(mark.offset for mark in self.marks)])
+        self.size = self.seen = max([self.acked.offset, *(mark.offset for mark in self.marks)])
         # What an earlier agent sent it sent below its last mark: nothing new may change the meaning of those bytes.
         self._floor = self.seen if self.identities else self.acked.offset
         self._maybe_sent = self.seen
@@ -151,14 +153,14 @@ class TextFile:
 
     @property
     def unacked(self) -> int:
-        return self.seen - self.acked.offset
+        return self.size - self.acked.offset
 
     @property
     def backlog(self) -> int:
         """Bytes that are still to be delivered; what was given up is not."""
         acked = self.acked.offset
         given_up = (min(loss.offset + loss.value["bytes"] - acked, loss.value["bytes"]) for loss in self.losses)
-        left: int = self.seen - acked - sum(given_up)
+        left: int = self.size - acked - sum(given_up)
         return max(left, 0)
 
     @property
@@ -175,7 +177,7 @@ class TextFile:
         """Everything is acknowledged but a partial line that is waited for."""
         if self.unacked == 0:
             return True
-        return self.sent.offset == self.acked.offset and self._waits
+        return self.sent.offset == self.acked.offset and self._waits and self.size == self.seen
 
     @property
     def _here(self) -> tuple[int, int, int]:
@@ -186,21 +188,31 @@ class TextFile:
         """What is unsent is known to be a partial line."""
         return self._partial_at == self._here
 
-    def observe(self, now: int) -> bool:
-        """Look at the file's size and mark it; True if it grew. Raises OSError for trouble of the spool itself."""
+    def observe(self, now: int, *, final: bool = False) -> bool:
+        """Look at the file's size and mark it; True if it grew. Raises OSError for trouble of the spool itself.
+
+        Args:
+            final: nobody may look again soon: mark, however many marks there are.
+        """
         if self._fd < 0 and not self._open():
             return False
         size = os.fstat(self._fd).st_size
-        if size < self.seen:
+        if size < self.size:
             self._replaced(size, "truncated by its writer")
             size = os.fstat(self._fd).st_size
+        self.size = size
         if size > self.seen:
-            self._mark(size, now)
+            if final or not self._is_crowded(now):
+                self._mark(size, now)
             return True
         if not self.followed or not self._next_generation():
             return False
         self.observe(now)
         return True
+
+    def _is_crowded(self, now: int) -> bool:
+        marks = self.marks
+        return len(marks) > _MANY_MARKS and (now - marks[-1].value) * _MANY_MARKS < now - marks[0].value
 
     def _mark(self, size: int, now: int) -> None:
         self.marks.append(self._decide(self.name, self.generation, size, "mark", now))
@@ -279,7 +291,7 @@ class TextFile:
 
     def _replaced(self, size: int, why: str) -> None:
         """The bytes are not the ones we knew: count what was seen and not read, begin again at 0."""
-        lost = self.seen - self.sent.offset
+        lost = self.size - self.sent.offset
         unsure = max(self._maybe_sent - self.sent.offset, 0)
         if self._fd >= 0:
             found = os.fstat(self._fd)
@@ -302,7 +314,7 @@ class TextFile:
         self.generation_decision = decision
         self.acked = self.sent = Position(decision.generation, 0)
         self._inode = (decision.value["dev"], decision.value["ino"])
-        self.seen = self._floor = self._maybe_sent = self._punched = 0
+        self.size = self.seen = self._floor = self._maybe_sent = self._punched = 0
         self.marks, self.cuts, self.identities, self.losses = [], [], [], []
 
     def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:
@@ -338,7 +350,7 @@ class TextFile:
         if not self.unsent or self.held or not self.marks:
             return
         newest = self.marks[-1]
-        if newest.offset != self.seen or (self.cuts and self.cuts[-1].offset >= self.seen):
+        if newest.offset != self.size or (self.cuts and self.cuts[-1].offset >= self.seen):
             return
         if not final and now - newest.value < PARTIAL_S * 1e9:
             return
@@ -489,20 +501,10 @@ class TextFile:
         lines = [line for line in data.split(b"\n") if line.strip() and not _MARKER.match(line)]
         return (found.st_mtime_ns, lines[-1][-500:].decode("utf-8", "replace").strip()) if lines else (0, "")
 
-    @property
-    def has_many_marks(self) -> bool:
-        """Whether thinning is due."""
-        return len(self.marks) > _MOST_MARKS
-
-    def thinned_marks(self) -> list[Decision]:
-        """Every second of the marks that no record was built on yet is left out, never the newest."""
-        built_on = bisect.bisect_left([mark.offset for mark in self.marks], max(self.sent.offset, self._floor)) + 1
-        return self.marks[:built_on] + self.marks[built_on:][::-2][::-1]
-
-    def kept_decisions(self, marks: list[Decision]) -> list[Decision]:
-        """What a rewritten journal must still hold of this file, with these marks."""
+    def kept_decisions(self) -> list[Decision]:
+        """What a rewritten journal must still hold of this file."""
         own = [self.generation_decision] if self.generation_decision else []
-        return [*own, *marks, *self.cuts, *self.identities, *self.losses]
+        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses]
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -241,7 +241,7 @@ class Writer:
                 return  # its parent has not reaped it yet
         self._ended = True
         for file in self.files.values():
-            file.observe(now)
+            file.observe(now, final=True)
             if file.held:
                 self._release(file)
         if self._facts.get("silent_end"):
@@ -376,24 +376,18 @@ class Writer:
         self.bound_journal()
 
     def bound_journal(self) -> None:
-        """Write a journal that grew long anew, with fewer marks where there are many. Raises OSError; then it stays."""
-        thinned = {
-            name: file.thinned_marks() if file.has_many_marks else file.marks for name, file in self.files.items()
-        }
-        many = any(len(thinned[name]) < len(file.marks) for name, file in self.files.items())
-        if many or self._journal.size > max(_JOURNAL_BYTES, 2 * self._journal_kept):
-            self._rewrite_journal(thinned)
+        """Write a journal that grew long anew, with what is still needed. Raises OSError; then the old one stays."""
+        if self._journal.size > max(_JOURNAL_BYTES, 2 * self._journal_kept):
+            self._rewrite_journal()
             self._journal_kept = self._journal.size
 
-    def _rewrite_journal(self, marks: Mapping[str, list[Decision]]) -> None:
-        kept = [decision for name, file in self.files.items() for decision in file.kept_decisions(marks[name])]
+    def _rewrite_journal(self) -> None:
+        kept = [decision for file in self.files.values() for decision in file.kept_decisions()]
         kept += self._events_unacked + self.events + self._once
         # Seq numbers are uids: the next one must never fall back below one that was used.
         kept.append(Decision(self._journal.next_seq - 1, "", 0, 0, "mark", 0))
         unique = {decision.seq: decision for decision in reversed(kept)}
         self._journal.rewrite([unique[seq] for seq in sorted(unique)])
-        for name, file in self.files.items():
-            file.marks = marks[name]
 
     # -- totals --------------------------------------------------------------------------------------------------------
 

@@ -177,9 +177,9 @@ class Crashes(RuleBasedStateMachine):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_marks() -> Iterator[None]:
-    """So that a short story thins them."""
+    """So that a short story has many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(textfile, "_MOST_MARKS", 4)
+        patch.setattr(textfile, "_MANY_MARKS", 4)
         yield
 
 
