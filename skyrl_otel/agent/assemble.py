@@ -120,7 +120,7 @@ def split(
             part += 1
         position = end
     if state.children or b" pid=" in data:
-        kept, marked = _mark_torn(pieces, state, max(cuts, default=-1))
+        kept, marked = _mark_torn(pieces, state, cuts)
         if pieces and (not kept or kept[-1].end < pieces[-1].end):
             part = max(pieces[-1].part, 0)  # that one waits: the next reading begins with it
         return kept, replace(marked, part=part)
@@ -154,7 +154,7 @@ def _character_end(data: bytes, position: int, limit: int) -> int:
 _MOST_CHILDREN = 64
 
 
-def _mark_torn(pieces: list[Piece], state: State, released: int) -> tuple[list[Piece], State]:
+def _mark_torn(pieces: list[Piece], state: State, cuts: Sequence[int]) -> tuple[list[Piece], State]:
     """Find lines that children who share one fd wrote into each other; `torn` is said of each fragment.
 
     Children that buffer by blocks end a write in the middle of a line. Another child's prefix in the middle of a line that
@@ -166,17 +166,18 @@ def _mark_torn(pieces: list[Piece], state: State, released: int) -> tuple[list[P
     Args:
         pieces: lines in order.
         state: before them.
-        released: a journaled cut; a line that ends there waits no more.
+        cuts: a line that ends at a journaled cut did not wait, so what follows says nothing of it.
     """
     children = dict.fromkeys(state.children)
     tears = state.tears
+    released = set(cuts)
     result: list[Piece] = []
     before_last = 0
     last_owner: bytes | None = None
     for piece in pieces:
         first = _CHILD.match(piece.body) if piece.part <= 0 else None
         owner = first[0] if first else None
-        if tears and last_owner is not None and owner != last_owner:
+        if tears and last_owner is not None and owner != last_owner and result[-1].end not in released:
             result[-1] = result[-1]._replace(torn=True)
         before_last = len(result)
         rest = piece
@@ -200,7 +201,7 @@ def _mark_torn(pieces: list[Piece], state: State, released: int) -> tuple[list[P
         result.append(rest._replace(torn=tears and owner is None and piece.part <= 0))
         last_owner = owner
     known = replace(state, children=tuple(children), tears=tears)
-    if tears and last_owner is not None and result[-1].end > released:
+    if tears and last_owner is not None and result[-1].end not in released:
         return result[:before_last], known
     return result, known
 

@@ -38,7 +38,7 @@ class Batch:
         return bool(self.moves or self.events)
 
     def undo(self) -> None:
-        """It will not be sent; of all that is under way it is the newest."""
+        """It will not be sent; of all that is under way it is the newest. Its writers have work again."""
         for move in self.moves:
             move.file.undo(move)
         for writer, count in self.events:

@@ -45,7 +45,9 @@ def open_pidfd(pid: int) -> int | None:
 
 
 def has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
+    poll = select.poll()  # select(2) takes no descriptor from 1024 on
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def exit_of(pidfd: int) -> Exit:

@@ -84,6 +84,7 @@ class Sender:
                 if self._job is None:
                     if client is not None:
                         client.close()
+                    os.close(self.wake_fd)  # nobody else reads it by now: `close` was called
                     return
                 (body, low_water), self._job = self._job, None
             try:

@@ -73,10 +73,13 @@ class Move:
     before: Position
     to: Position
 
+    is_skip: bool = False
+    """Over what was given up and is counted already."""
+
     @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return self.to.offset - self.before.offset
+        """Bytes that the receiver is to take."""
+        return 0 if self.is_skip else self.to.offset - self.before.offset
 
 
 class TextFile:
@@ -113,7 +116,7 @@ class TextFile:
         self._inode = inode
         self._floor = 0
         self._maybe_sent = 0
-        self._punched = 0
+        self._punched = self._punched_losses = 0
         self._partial_at: tuple[int, int, int] | None = None
 
     # -- recovery ------------------------------------------------------------------------------------------------------
@@ -132,8 +135,9 @@ class TextFile:
                 elif decision.generation == self.acked.generation:
                     self.generation_decision = decision
                     self._inode = (decision.value["dev"], decision.value["ino"])
-            elif decision.generation == self.acked.generation:
+            elif decision.generation == self.acked.generation and not _is_of_bytes_gone(decision):
                 self._sorted_list(decision).append(decision)
+        self.losses.sort(key=lambda loss: loss.offset)
         self.sent = self.acked
         self.size = self.seen = max([self.acked.offset, *(mark.offset for mark in self.marks)])
         # What an earlier agent sent it sent below its last mark: nothing new may change the meaning of those bytes.
@@ -238,6 +242,15 @@ class TextFile:
             self._punched = _first_data(descriptor)
         return True
 
+    def is_gone(self) -> bool:
+        """Whether a file that was read can be found no more, under no name. Raises OSError."""
+        return self._fd < 0 and self._inode is not None and not self._open()
+
+    def count_gone(self) -> None:
+        """What was seen of a file that is gone, and not acknowledged, is lost."""
+        if self.unacked:
+            self._replaced(0, "its file was removed")
+
     def _find(self) -> Path:
         """The file by its inode: rotation by rename leaves it at `path`, `path.1`, `path.2`, …"""
         for path in (self.path, *self._rotated()):
@@ -314,7 +327,7 @@ class TextFile:
         self.generation_decision = decision
         self.acked = self.sent = Position(decision.generation, 0)
         self._inode = (decision.value["dev"], decision.value["ino"])
-        self.size = self.seen = self._floor = self._maybe_sent = self._punched = 0
+        self.size = self.seen = self._floor = self._maybe_sent = self._punched = self._punched_losses = 0
         self.marks, self.cuts, self.identities, self.losses = [], [], [], []
 
     def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:
@@ -347,7 +360,7 @@ class TextFile:
 
     def cut_partial(self, now: int, *, final: bool) -> None:
         """Decide that a partial line at the end, if it is old enough or the last, is sent as it is."""
-        if not self.unsent or self.held or not self.marks:
+        if not self.unsent or self.held or not self.marks or self._fd < 0:
             return
         newest = self.marks[-1]
         if newest.offset != self.size or (self.cuts and self.cuts[-1].offset >= self.seen):
@@ -401,7 +414,7 @@ class TextFile:
     def _skip(self, loss: Decision) -> tuple[Move | None, list[Section]]:
         before = self.sent
         self.sent = Position(self.generation, loss.offset + loss.value["bytes"])
-        return Move(self, before, self.sent), []
+        return Move(self, before, self.sent, is_skip=True), []
 
     def _sections(self, pieces: list[Piece], plain: bool) -> list[Section]:
         sections: list[Section] = []
@@ -451,11 +464,13 @@ class TextFile:
         """The newest `take` was not accepted and will not be sent as it was: take it again later, if it is still there."""
         if move.before.generation == self.generation:
             self.sent = move.before
-        else:
+        elif move.size:
             self._lose(0, move.size, "truncated before it could be sent again", skip=False)
 
     def refuse(self, move: Move, why: str) -> None:
         """The receiver will never take the bytes of `move`; counted lost, and skipped by a later reading."""
+        if not move.size:
+            return
         is_here = move.before.generation == self.generation
         self._lose(move.before.offset if is_here else 0, move.size, why, skip=is_here)
 
@@ -474,7 +489,7 @@ class TextFile:
         for loss in self.losses:
             if loss.offset <= start:
                 start = max(start, loss.offset + loss.value["bytes"])
-        if self.followed or self._fd < 0 or start >= self.seen:
+        if size <= 0 or self.followed or self._fd < 0 or start >= self.seen:
             return 0
         end = min(start + size, self.seen)
         data = os.pread(self._fd, assemble.PART_BYTES, end)
@@ -486,11 +501,12 @@ class TextFile:
     def punch_losses(self) -> None:
         """Give the disk what `give_up` gave up; only after the journal is on disk. Raises OSError."""
         for loss in self.losses:
-            first = -(-loss.offset // _BLOCK) * _BLOCK
+            first = max(-(-loss.offset // _BLOCK) * _BLOCK, self._punched_losses)
             last = (loss.offset + loss.value["bytes"] - _TAIL_BYTES) // _BLOCK * _BLOCK
             while first < last:
                 punch(self._fd, first, min(_PUNCH_BYTES, last - first))
                 first += _PUNCH_BYTES
+            self._punched_losses = max(self._punched_losses, last)
 
     def last_line(self) -> tuple[int, str]:
         """(mtime, the last line that is not empty), at most 500 characters; (0, "") if there is none."""
@@ -521,6 +537,11 @@ class TextFile:
             self.losses = [loss for loss in self.losses if loss.offset + loss.value["bytes"] > acked]
         while len(self.identities) > 1 and self.identities[1].offset <= acked:
             self.identities.pop(0)
+
+
+def _is_of_bytes_gone(decision: Decision) -> bool:
+    """A loss of bytes that are in the file no more: nothing to skip."""
+    return decision.kind == "loss" and not decision.value.get("skip", True)
 
 
 def _first_data(descriptor: int) -> int:

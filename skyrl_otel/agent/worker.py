@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 
 from skyrl_otel.agent import supervise
+from skyrl_otel.agent.ballast import Ballast
 from skyrl_otel.agent.batch import BATCH_BYTES, Batch, build
 from skyrl_otel.agent.ship import Answer, Sender
 from skyrl_otel.agent.status import Reporter, Status
@@ -79,6 +80,8 @@ class Agent:
         self._shipping: Shipping | None = None
         self._shipping_stat: tuple[int, int] | None = None
         self._sender: Sender | None = None
+        self._ballast = Ballast(run.path / "ballast")
+        self._unwritten: set[str] = set()  # writers whose checkpoint on disk is behind
         self._inflight: Batch | None = None
         self._prepared: Batch | None = None
         self._not_before = 0.0
@@ -109,6 +112,9 @@ class Agent:
                 self._find_writers()
                 self._load_shipping()
                 self._bound_space()
+                self._ballast.keep()
+                for writer_id in list(self._unwritten):
+                    self._checkpoint(self._writers[writer_id])
                 if not self._run.path.exists():
                     self._link.send(supervise.DONE)  # somebody removed the run: there is nothing to deliver
                     return
@@ -173,7 +179,11 @@ class Agent:
     # -- writers -------------------------------------------------------------------------------------------------------
 
     def _find_writers(self, *, broken_too: bool = False) -> None:
-        found = list(self._run.writers())
+        try:
+            found = list(self._run.writers())
+        except OSError as error:  # out of descriptors, say
+            self._error = f"cannot look into {self._run.path}: {error.strerror}"
+            return
         if broken_too:
             there = {writer_id for writer_id, _ in found}
             self._broken = {writer_id: why for writer_id, why in self._broken.items() if writer_id in there}
@@ -202,6 +212,8 @@ class Agent:
         now = time.time_ns()
         for writer_id in list(self._active):
             writer = self._writers[writer_id]
+            # Asked before the look: what the last holder wrote is seen by it.
+            is_gone = writer.ended and not writer.is_alive()
             try:
                 if writer.observe(now) or writer.backlog_bytes or writer.events:
                     self._active[writer_id] = time.monotonic()
@@ -211,7 +223,7 @@ class Agent:
             except OSError as error:
                 self._trouble(writer, error)
                 continue
-            if writer.ended and writer.is_delivered and not writer.is_alive() and self._may_remove(writer):
+            if is_gone and writer.is_delivered and self._may_remove(writer):
                 self._remove(writer)
             elif time.monotonic() - self._active[writer_id] > _QUIET_S:
                 self._rest(writer)
@@ -241,7 +253,11 @@ class Agent:
         self._find_writers(broken_too=True)
         for writer_id in self._writers:
             self._activate(writer_id)
-        for entry in list(self._run.path.glob("t-*")):
+        try:
+            rubbish = list(self._run.path.glob("t-*"))
+        except OSError:
+            return
+        for entry in rubbish:
             try:
                 old = time.time() - entry.stat().st_mtime > _RUBBISH_S
                 if old and not any(locks.is_held(path) for path in entry.iterdir()):
@@ -283,6 +299,7 @@ class Agent:
         if writer.pidfd is not None and self._pidfds.pop(writer.pidfd, None) is not None:
             self._epoll.unregister(writer.pidfd)
         self._watched.discard(writer.writer_id)
+        self._unwritten.discard(writer.writer_id)
         self._troubles.pop(writer.writer_id, None)
         self._lost_gone += writer.lost_bytes
         writer.close()
@@ -303,6 +320,9 @@ class Agent:
         if shipping is None:
             return
         self._shipping_stat = stamp
+        if shipping == self._shipping:
+            self._not_before = 0.0
+            return
         self._shipping = shipping
         if self._sender is not None:
             self._epoll.unregister(self._sender.wake_fd)
@@ -318,6 +338,9 @@ class Agent:
             return
         if self._prepared is None:
             self._prepared = self._build()
+        if self._inflight is None and self._prepared and not self._prepared.records:
+            batch, self._prepared = self._prepared, None
+            self._advance(batch)  # past what was given up: there is nothing to say to the receiver
         if self._inflight is None and self._prepared and time.monotonic() >= self._not_before:
             self._inflight, self._prepared = self._prepared, None
             self._sender.submit(self._inflight.body, ",".join(self._inflight.low_water))
@@ -346,7 +369,7 @@ class Agent:
         elif answer.verdict == "too_large" and self._shrink(batch):
             self._inflight = None
             self._undo_prepared()
-            batch.undo()
+            self._undo(batch)
         elif answer.verdict in ("refused", "too_large"):
             self._inflight = None
             self._refuse(batch, answer)
@@ -366,8 +389,13 @@ class Agent:
 
     def _undo_prepared(self) -> None:
         if self._prepared is not None:
-            self._prepared.undo()
+            self._undo(self._prepared)
             self._prepared = None
+
+    def _undo(self, batch: Batch) -> None:
+        batch.undo()
+        for writer_id in batch.writer_ids:  # one that only had an event may be at rest by now
+            self._activate(writer_id)
 
     def _accept(self, batch: Batch, answer: Answer) -> None:
         self._sent_records += batch.records - answer.rejected
@@ -384,10 +412,15 @@ class Agent:
         for writer_id in batch.writer_ids:
             if writer_id not in self._writers:
                 continue
-            try:
-                self._writers[writer_id].write_checkpoint()
-            except OSError as error:
-                self._error = f"cannot write a checkpoint: {error.strerror}"
+            self._checkpoint(self._writers[writer_id])
+
+    def _checkpoint(self, writer: Writer) -> None:
+        try:
+            self._ballast.with_room(writer.write_checkpoint)
+            self._unwritten.discard(writer.writer_id)
+        except OSError as error:
+            self._unwritten.add(writer.writer_id)  # and with it the space behind it, which is what a full disk needs
+            self._error = f"cannot write a checkpoint: {error.strerror}"
 
     def _shrink(self, batch: Batch) -> bool:
         if self._budget <= _SMALLEST_BATCH or batch.records <= 1:
@@ -425,8 +458,9 @@ class Agent:
                 return
             try:
                 for file in writer.files.values():
-                    excess -= file.give_up(min(excess + (1 << 20), file.unsent), why)
-                writer.flush()
+                    if excess > 0:
+                        excess -= file.give_up(min(excess + (1 << 20), file.unsent), why)
+                self._ballast.with_room(writer.flush)
                 for file in writer.files.values():
                     file.punch_losses()
             except OSError as error:

@@ -134,8 +134,8 @@ class Writer:
         size = os.stat(path).st_size
         if size == self._identity_size:
             return
-        self._identity_size = size
         lines = identity.parse(read_file(path))
+        self._identity_size = size
         fresh = lines[len(self._lines) :]
         self._lines = lines
         self._facts = identity.in_force(lines, self._seq)
@@ -239,14 +239,17 @@ class Writer:
                 known = ending.Exit(code=goodbye["code"])
             elif self.pidfd is not None and now - self._ended_at < _EXIT_STATUS_WAIT_NS:
                 return  # its parent has not reaped it yet
-        self._ended = True
         for file in self.files.values():
-            file.observe(now, final=True)
+            if file.is_gone():
+                file.count_gone()
+            else:
+                file.observe(now, final=True)
             if file.held:
                 self._release(file)
+        last = max((file.last_line() for file in self.files.values()), default=(0, ""))[1]
+        self._ended = True  # not before all that may fail: it is tried again then
         if self._facts.get("silent_end"):
             return
-        last = max((file.last_line() for file in self.files.values()), default=(0, ""))[1]
         value = {
             "name": "skyrl.process.end",
             "code": known.code,
@@ -271,8 +274,10 @@ class Writer:
         """Whether somebody still holds one of the writer's locks."""
         try:
             names = os.listdir(self.folder)
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:  # out of descriptors: nobody is gone for that
+            return True
         return any(locks.is_held(self.folder / n) for n in names if n in ("out", "err") or n.startswith("records."))
 
     @property

@@ -42,7 +42,7 @@ class Decision:
 class Journal:
     """The open journal of one writer. `decisions` is what stood in it when it was opened."""
 
-    __slots__ = ("_fd", "_path", "_pending", "decisions", "next_seq", "size")
+    __slots__ = ("_fd", "_path", "_pending", "_torn", "decisions", "next_seq", "size")
 
     def __init__(self, path: Path, decisions: list[Decision], size: int) -> None:
         self._path = path
@@ -51,6 +51,7 @@ class Journal:
         self.decisions = decisions
         self.next_seq = decisions[-1].seq + 1 if decisions else 0
         self.size = size
+        self._torn = False
 
     @classmethod
     def open(cls, path: Path) -> Journal:
@@ -80,21 +81,29 @@ class Journal:
         if not self._pending:
             return
         data = b"".join(self._pending)
+        if self._torn:
+            self._cut_back()
         try:
             write_all(self._fd, data)
         except OSError:
-            os.ftruncate(self._fd, self.size)
+            self._torn = True
+            self._cut_back()
             raise
         self._pending.clear()
         self.size += len(data)
+
+    def _cut_back(self) -> None:
+        os.ftruncate(self._fd, self.size)
+        self._torn = False
 
     def rewrite(self, kept: Iterable[Decision]) -> None:
         """Replace the journal by `kept`, which keep their seq. Raises OSError; then the old one stays."""
         self.flush()
         data = b"".join(decision.encode() for decision in kept)
         replace_file(self._path, data)
+        descriptor = open_file(self._path, os.O_WRONLY | os.O_APPEND)
         os.close(self._fd)
-        self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND)
+        self._fd = descriptor
         self.size = len(data)
 
     def close(self) -> None:

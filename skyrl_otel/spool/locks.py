@@ -14,14 +14,16 @@ from skyrl_otel.spool.layout import open_file
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds LOCK_EX on `path`. A missing file is held by nobody.
+    """Whether somebody holds LOCK_EX on `path`. A missing file is held by nobody; one that cannot be asked counts as held.
 
     Asks with LOCK_SH so that two who ask at once do not see each other.
     """
     try:
         descriptor = open_file(path, os.O_RDONLY)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:  # out of descriptors, an I/O error: whoever lives must not be taken for gone
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -72,9 +72,11 @@ class WriterFolder:
 
     def close(self) -> None:
         """Give the locks up, unless children or dup2'd descriptors still hold the descriptions."""
-        for descriptor in (*self.fds.values(), self._identity_fd):
-            os.close(descriptor)
-        self.fds = {}
+        descriptors = [*self.fds.values(), self._identity_fd]
+        self.fds, self._identity_fd = {}, -1
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def _open_locked(path: Path) -> int:

@@ -21,7 +21,7 @@ def stream(data: bytes, chunk_ends: list[int], cuts: list[int], part_bytes: int)
     for end in [*chunk_ends, len(data)]:
         if end <= position:
             continue
-        found, state = split(data[position:end], position, state, [c for c in cuts if c <= end], part_bytes)
+        found, state = split(data[position:end], position, state, cuts, part_bytes)
         state = State.from_json(state.to_json())
         if found:
             pieces += found
@@ -140,3 +140,17 @@ def test_block_buffered_children_on_one_fd_are_marked(block_a: int, block_b: int
     assert unmarked <= whole, "a fragment is not marked"
     marked_whole = [piece.body for piece in pieces if piece.torn and piece.body in intact]
     assert len(marked_whole) <= boundaries, "whole lines are marked although nothing is near them"
+
+
+def test_a_cut_further_on_and_what_follows_a_cut_say_nothing_of_a_line() -> None:
+    """What was sent before a cut, and is read again in a larger piece, must be the same bytes."""
+    state = State(children=(b"(A pid=1) ", b"(B pid=2) "), tears=True)
+    a, b = b"(A pid=1) a\n", b"(B pid=2) b\n"
+    far = len(a + b) + 500
+    alone, _ = split(a, 0, state, [far])
+    assert alone == [], "it waits for the line after it, however far a cut is"
+    together, _ = split(a + b, 0, state, [far])
+    assert [piece.torn for piece in together] == [True]
+    released, _ = split(a, 0, state, [len(a)])
+    again, _ = split(a + b, 0, state, [len(a), len(a + b)])
+    assert [released[0].torn, again[0].torn] == [False, False]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
+import signal
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from skyrl_otel.agent import ending
+from skyrl_otel.agent import writer as writer_module
 from skyrl_otel.agent.batch import Batch, build
 from skyrl_otel.agent.ship import Client, Sender
 from skyrl_otel.agent.writer import Writer
-from skyrl_otel.spool import layout
+from skyrl_otel.spool import layout, locks
 from skyrl_otel.spool.token import Shipping
 from skyrl_otel.spool.writer import WriterFolder
 from tests.agent.conftest import Node, wait_for
@@ -173,6 +179,34 @@ def test_what_an_agent_that_was_killed_had_sent_is_counted_as_maybe_lost(desk: D
     ]
 
 
+def test_after_a_truncation_and_a_restart_the_new_bytes_are_read_from_the_first(desk: Desk) -> None:
+    desk.write(b"y" * 99 + b"\n")
+    desk.look()
+    os.truncate(desk.folder.path / "out", 0)
+    desk.write(b"one\ntwo\n")
+    desk.look()
+    desk.restart()
+    desk.look()
+    assert desk.deliver() == ["one", "two"]
+    assert desk.agent.lost_bytes == 100
+
+
+def test_what_was_given_up_is_not_counted_again_nor_said_to_the_receiver(desk: Desk) -> None:
+    desk.write(b"line\n" * 10)
+    desk.look()
+    file = desk.agent.files["out"]
+    assert file.give_up(-5, "cap") == 0
+    assert file.give_up(20, "cap") == 25, "whole lines"
+    file.give_up(25, "cap")
+    desk.agent.flush()
+    desk.accept(desk.build())  # the events
+    skip = desk.build()
+    assert (skip.records, skip.body) == (0, b"")
+    for move in skip.moves:
+        move.file.refuse(move, "refused by the receiver")
+    assert desk.agent.lost_bytes == 50
+
+
 def test_a_refused_batch_of_an_emptied_file_is_counted(desk: Desk) -> None:
     desk.write(b"refused\n")
     desk.look()
@@ -206,6 +240,112 @@ def test_a_rotated_file_is_not_left_before_its_last_byte_is_acknowledged(spool_r
     assert [record.body for record in decode(build([agent]).body) if not record.event] == ["two"]
     agent.close()
     folder.close()
+
+
+def test_a_followed_file_that_is_removed_while_no_agent_runs_is_counted(spool_root: Path) -> None:
+    log = spool_root / "worker.out"
+    log.write_bytes(b"one\ntwo\n")
+    found = log.stat()
+    follow = {"out": {"path": str(log), "dev": found.st_dev, "ino": found.st_ino, "offset": 0}}
+    folder = WriterFolder.create(layout.open_run(spool_root, "run"), files=(), facts={"role": "r", "follow": follow})
+    agent = Writer("run", folder.writer_id, folder.path)
+    agent.observe(SECOND)
+    agent.flush()
+    agent.close()
+    log.unlink()
+    folder.close()
+    agent = Writer("run", folder.writer_id, folder.path)
+    for second in range(2, 6):
+        agent.observe(second * SECOND)
+    assert agent.ended
+    assert agent.lost_bytes == 8
+    assert agent.backlog_bytes == 0
+    agent.close()
+
+
+def test_an_error_that_passes_costs_no_identity_and_no_end(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    desk.write(b"last words\n")
+    desk.look()
+    desk.folder.publish({"rank": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "read_file", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            desk.look()
+    desk.look()
+    assert desk.agent.facts["rank"] == 3
+    desk.folder.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.agent.files["out"].__class__, "last_line", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            desk.look(SECOND)
+    desk.look(SECOND)
+    assert [event.value["last"] for event in desk.agent.events if event.kind == "end"] == ["last words"]
+
+
+def test_out_of_descriptors_nobody_is_taken_for_gone(desk: Desk) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        assert locks.is_held(desk.folder.path / "out")
+        assert desk.agent.is_alive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_is_watched_by_a_descriptor_of_any_number() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    child = subprocess.Popen(["sleep", "100"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        os.dup2(pidfd, 1500)
+        assert not ending.has_ended(1500)
+        child.kill()
+        child.wait()
+        assert ending.has_ended(1500)
+    finally:
+        os.close(1500)
+        os.close(pidfd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    root = Path(tempfile.mkdtemp(prefix="sk-", dir="/var/tmp"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "tmpfs", str(root)], check=True)
+    yield root
+    subprocess.run(["umount", "-l", str(root)], check=True)
+    root.rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_gets_its_space_back_once_all_is_delivered(small_disk: Path) -> None:
+    node = Node(small_disk)
+    try:
+        folder = node.writer(role="r")
+        node.ship()
+        node.start()
+        wait_for(lambda: (node.run.path / "ballast").exists())
+        for pid in node.pids():
+            os.kill(pid, signal.SIGSTOP)
+        written = 0
+        with pytest.raises(OSError, match="No space"):
+            while True:
+                written += os.write(folder.fds["out"], b"z" * 99 + b"\n")
+        for pid in node.pids():
+            os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: (folder.path / "out").stat().st_blocks * 512 < 3 << 20, 30)
+        os.write(folder.fds["out"], b"\nlife goes on\n")
+        node.receiver.wait(lambda: "life goes on" in node.receiver.bodies())
+    finally:
+        node.close()
 
 
 def test_what_was_a_partial_line_is_looked_at_again_after_an_undo(desk: Desk) -> None:
