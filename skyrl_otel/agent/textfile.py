@@ -18,6 +18,7 @@ from pathlib import Path
 
 from skyrl_otel.agent import assemble, otlp
 from skyrl_otel.agent.assemble import Piece, State
+from skyrl_otel.agent.moments import Moments
 from skyrl_otel.spool.checkpoint import Position
 from skyrl_otel.spool.decisions import Decision
 from skyrl_otel.spool.layout import open_file, punch
@@ -96,6 +97,7 @@ class TextFile:
         first_offset: int = 0,
         skip_markers: bool = False,
         inode: tuple[int, int] | None = None,
+        moments: Moments | None = None,
     ) -> None:
         self.writer_id = writer_id
         self.name = name
@@ -112,6 +114,7 @@ class TextFile:
         self.losses: list[Decision] = []
         self.generation_decision: Decision | None = None
         self._decide = decide
+        self._moments = moments or Moments()
         self._fd = -1
         self._inode = inode
         self._floor = 0
@@ -137,6 +140,8 @@ class TextFile:
                     self._inode = (decision.value["dev"], decision.value["ino"])
             elif decision.generation == self.acked.generation and not _is_of_bytes_gone(decision):
                 self._sorted_list(decision).append(decision)
+            if decision.kind == "mark":
+                self._moments.taken(decision.value)
         self.losses.sort(key=lambda loss: loss.offset)
         self.sent = self.acked
         self.size = self.seen = max([self.acked.offset, *(mark.offset for mark in self.marks)])
@@ -219,7 +224,8 @@ class TextFile:
         return len(marks) > _MANY_MARKS and (now - marks[-1].value) * _MANY_MARKS < now - marks[0].value
 
     def _mark(self, size: int, now: int) -> None:
-        self.marks.append(self._decide(self.name, self.generation, size, "mark", now))
+        moment = self._moments.take(now, size - self.seen)
+        self.marks.append(self._decide(self.name, self.generation, size, "mark", moment))
         self.seen = size
 
     def _open(self) -> bool:
@@ -445,7 +451,8 @@ class TextFile:
                     attributes += _LAST
             if piece.torn:
                 attributes += _TORN
-            record = otlp.text_record(marks[mark].value, piece.body if plain else _shown(piece.body), attributes)
+            moment = marks[mark].value - (marks[mark].offset - piece.end)  # agent/moments.py
+            record = otlp.text_record(moment, piece.body if plain else _shown(piece.body), attributes)
             records.append(record)
             size += len(record)
         if records:

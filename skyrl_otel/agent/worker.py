@@ -20,6 +20,7 @@ from collections import OrderedDict
 from skyrl_otel.agent import supervise
 from skyrl_otel.agent.ballast import Ballast
 from skyrl_otel.agent.batch import BATCH_BYTES, Batch, build
+from skyrl_otel.agent.moments import Moments
 from skyrl_otel.agent.ship import Answer, Sender
 from skyrl_otel.agent.status import Reporter, Status
 from skyrl_otel.agent.watch import Watcher
@@ -68,6 +69,7 @@ class Agent:
         self._active: dict[str, float] = {}
         self._broken: dict[str, str] = {}  # folders that cannot be read at all
         self._troubles: dict[str, str] = {}  # what went wrong with a writer since the last sweep
+        self._moments = Moments()
         self._watcher = Watcher()
         self._epoll = select.epoll()
         self._epoll.register(link.fileno(), select.EPOLLIN)
@@ -191,7 +193,7 @@ class Agent:
             if writer_id in self._writers or (writer_id in self._broken and not broken_too):
                 continue
             try:
-                writer = Writer(self._run.run_id, writer_id, folder)
+                writer = Writer(self._run.run_id, writer_id, folder, self._moments)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:

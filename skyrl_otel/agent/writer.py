@@ -10,6 +10,7 @@ from typing import Any
 
 from skyrl_otel.agent import ending, otlp
 from skyrl_otel.agent.identify import event_attributes, resource_attributes
+from skyrl_otel.agent.moments import Moments
 from skyrl_otel.agent.textfile import TextFile
 from skyrl_otel.spool import identity, locks
 from skyrl_otel.spool.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def _awaited(facts: Mapping[str, Any]) -> str:
 class Writer:
     """`files` maps "out" and "err" to what is read of them; `events` are own records (loss, end, identity) not yet sent."""
 
-    def __init__(self, run_id: str, writer_id: str, folder: Path) -> None:
+    def __init__(self, run_id: str, writer_id: str, folder: Path, moments: Moments | None = None) -> None:
         """Raises OSError or ValueError for a folder that cannot be read as a writer's."""
         self.writer_id = writer_id
         self.folder = folder
@@ -45,6 +46,7 @@ class Writer:
         self.pidfd: int | None = None
         self.lost_bytes = 0
         self._run_id = run_id
+        self._moments = moments or Moments()
         self._lines: list[identity.IdentityLine] = []
         self._identity_size = -1
         self._identity_since = 0
@@ -79,6 +81,7 @@ class Writer:
                 self._told = self._told or decision.kind == "event"
                 if decision.kind != "loss":
                     self._once.append(decision)
+                self._moments.taken(decision.value["time"])
                 if decision.seq >= checkpoint.decisions:
                     self.events.append(decision)
         self.read_identity(time.time_ns())
@@ -180,9 +183,10 @@ class Writer:
                 first_offset=int(fields.get("offset", 0)),
                 skip_markers=bool(fields.get("skip_markers")),
                 inode=inode,
+                moments=self._moments,
             )
         else:
-            file = TextFile(self.writer_id, name, self.folder / name, self.decide)
+            file = TextFile(self.writer_id, name, self.folder / name, self.decide, moments=self._moments)
         file.held = True
         self.files[name] = file
 
@@ -262,7 +266,7 @@ class Writer:
             "oom": ending.oom_kills() > self._oom_kills,
             "last": last,
         }
-        self.decide("", 0, 0, "end", value, now + 1)  # in order behind the last lines, which were seen now
+        self.decide("", 0, 0, "end", value, now)  # behind the last lines, whose moments are taken
 
     def _ended_well(self, known: ending.Exit, goodbye: Any) -> bool:
         if not isinstance(goodbye, dict) or goodbye.get("code") or "signal" in goodbye:
@@ -291,7 +295,7 @@ class Writer:
     ) -> Decision:
         """Journal a decision; those that are records of their own become events."""
         if kind in ("loss", "end", "event"):
-            value = {**value, "time": now or time.time_ns(), "identity": self._seq}
+            value = {**value, "time": self._moments.take(now or time.time_ns()), "identity": self._seq}
         decision = self._journal.add(file, generation, offset, kind, value)
         if kind in ("loss", "end", "event"):
             self.events.append(decision)

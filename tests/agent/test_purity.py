@@ -47,7 +47,7 @@ class Crashes(RuleBasedStateMachine):
         self.written = {"out": b"", "err": b""}
         self.sent: dict[str, bytes] = {}
         self.ranges: dict[str, dict[int, int]] = {"out": {}, "err": {}}
-        self.acked: set[str] = set()
+        self.moments: dict[int, str] = {}
         self.under_way: list[Batch] = []  # at most two, the older one first: the newer is prepared, not yet sent
         self.rank = 0
         self.disk_full = False
@@ -107,6 +107,7 @@ class Crashes(RuleBasedStateMachine):
         for record in decode(batch.body):
             before = self.sent.setdefault(record.uid, record.raw)
             assert before == record.raw, f"sent twice, differently: {record}"
+            assert self.moments.setdefault(record.time, record.uid) == record.uid, "two records share a nanosecond"
             _, name, _, offsets = record.uid.split("/")
             if name in self.ranges:
                 start, end = map(int, offsets.split("-"))
@@ -147,6 +148,16 @@ class Crashes(RuleBasedStateMachine):
         self.under_way = []
         self.disk_full = False
         self.agent = self.start()
+
+    @invariant()
+    def times_follow_the_bytes(self) -> None:
+        times: dict[str, list[tuple[int, int]]] = {}
+        for moment, uid in self.moments.items():
+            file, _, offsets = uid.rpartition("/")
+            times.setdefault(file, []).append((int(offsets.split("-")[0]), moment))
+        for pairs in times.values():
+            in_order = [moment for _, moment in sorted(pairs)]
+            assert in_order == sorted(in_order)
 
     @invariant()
     def ranges_do_not_overlap(self) -> None:
