@@ -78,6 +78,9 @@ class Config:
     log_dir: Path
     capture: CaptureMode
     progress: tuple[str, ...]
+    loki: str
+    loki_tenant: str
+    loki_headers: Mapping[str, str]
     role: str
     project: str
     drain_s: float
@@ -113,15 +116,17 @@ class Config:
         dumped = values.pop("dump_infra")
         values["show_infra"] = values.pop("log_level") == "DEBUG" or dumped
         logs_endpoint, base_endpoint = values.pop("logs_endpoint"), values.pop("endpoint")
-        values["endpoint"] = logs_endpoint or (base_endpoint.rstrip("/") + "/v1/logs" if base_endpoint else None)
-        values["spool_root"] = Path(values["spool_root"] or f"/var/tmp/skyrl-otel-{os.geteuid()}")
-        values["log_dir"] = _log_dir(values["log_dir"], values["skyrl_log_dir"], values["skyrl_log_file"])
-        if values["protocol"] != "http/protobuf":
+        if values["protocol"] not in ("http/protobuf", "grpc"):
             problems.append(
                 f"OTEL_EXPORTER_OTLP_PROTOCOL={values['protocol']!r} is not spoken; "
-                "write http/protobuf and use the receiver's port 4318"
+                "write http/protobuf and use the receiver's port 4318, or grpc and port 4317"
             )
             values["protocol"] = "http/protobuf"
+        # The path is OTLP/HTTP's; a gRPC method has none.
+        path = "/v1/logs" if values["protocol"] == "http/protobuf" else ""
+        values["endpoint"] = logs_endpoint or (base_endpoint.rstrip("/") + path if base_endpoint else None)
+        values["spool_root"] = Path(values["spool_root"] or f"/var/tmp/skyrl-otel-{os.geteuid()}")
+        values["log_dir"] = _log_dir(values["log_dir"], values["skyrl_log_dir"], values["skyrl_log_file"])
         if env.get("OTEL_CONFIG_FILE"):
             problems.append(
                 f"OTEL_CONFIG_FILE={env['OTEL_CONFIG_FILE']!r} is not read; set OTEL_EXPORTER_OTLP_ENDPOINT instead"
@@ -291,7 +296,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("certificate", _otlp("CERTIFICATE"), "", "CA file that signs the collector's certificate"),
     Variable("client_key", _otlp("CLIENT_KEY"), "", "private key file for mutual TLS"),
     Variable("client_certificate", _otlp("CLIENT_CERTIFICATE"), "", "certificate file for mutual TLS"),
-    Variable("protocol", _otlp("PROTOCOL"), "http/protobuf", "http/protobuf", str.lower),
+    Variable("protocol", _otlp("PROTOCOL"), "http/protobuf", "http/protobuf, or grpc", str.lower),
     Variable("service_name", ("OTEL_SERVICE_NAME",), "", "service.name; unset: the role"),
     Variable("resource_attributes", ("OTEL_RESOURCE_ATTRIBUTES",), {}, "more resource attributes, key=value,…", _pairs),
     Variable("disabled", ("OTEL_SDK_DISABLED",), False, "true: do nothing at all", _flag),
@@ -310,6 +315,9 @@ VARIABLES: tuple[Variable, ...] = (
         _choice("auto", "redirect", "follow", "off"),
     ),
     Variable("progress", ("SKYRL_OTEL_PROGRESS",), (), "tasks and actors that are progress, globs with commas", _globs),
+    Variable("loki", ("SKYRL_OTEL_LOKI",), "", "Loki that `logs` and `doctor` read, like http://loki:3100", _url),
+    Variable("loki_tenant", ("SKYRL_OTEL_LOKI_TENANT",), "", "its tenant (X-Scope-OrgID)"),
+    Variable("loki_headers", ("SKYRL_OTEL_LOKI_HEADERS",), {}, "headers for it, key=value,…", _headers, secret=True),
     Variable("role", ("SKYRL_OTEL_ROLE",), "", "role of this process (policy, rollout, …)"),
     Variable("project", ("SKYRL_OTEL_PROJECT",), "", "service.namespace"),
     Variable("drain_s", ("SKYRL_OTEL_DRAIN_S",), 10.0, "seconds to wait at the end", _number(0, 3600, "seconds")),

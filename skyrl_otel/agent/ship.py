@@ -15,8 +15,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from skyrl_otel.spool.token import Shipping
@@ -24,6 +25,9 @@ from skyrl_otel.spool.token import Shipping
 Verdict = Literal["accepted", "retry", "refused", "unauthorized", "too_large"]
 
 LOW_WATER_HEADER = "skyrl-otel-low-water"
+
+_TOO_LARGE = "request body too large"  # what net/http's MaxBytesReader says; otelcol sends it with a 400
+_TLS_PORT = "client sent an http request to an https server"  # net/http, with a 400 too
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S, _UNAUTHORIZED_S = 0.2, 15.0, 5.0
 
@@ -39,14 +43,24 @@ class Answer:
     wait_s: float = 0.0
 
 
+class Connection(Protocol):
+    """One way to send: OTLP over HTTP (`Client`) or over gRPC (agent/grpc.py)."""
+
+    def post(self, body: bytes, low_water: str = "") -> Answer:
+        """One attempt; never raises."""
+
+    def close(self) -> None: ...
+
+
 class Sender:
     """Sends one body at a time. `wake_fd` becomes readable when an answer is there.
 
     The lock protects nothing but the hand-over of job and answer; the connection belongs to the thread alone.
     """
 
-    def __init__(self, shipping: Shipping) -> None:
+    def __init__(self, shipping: Shipping, connect: Callable[[Shipping], Connection]) -> None:
         self.shipping = shipping
+        self._connect = connect
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ready = threading.Condition()
         self._job: tuple[bytes, str] | None = None
@@ -76,7 +90,7 @@ class Sender:
             self._ready.notify()
 
     def _run(self) -> None:
-        client: Client | None = None
+        client: Connection | None = None
         while True:
             with self._ready:
                 while self._job is None and not self._closed:
@@ -88,7 +102,7 @@ class Sender:
                     return
                 (body, low_water), self._job = self._job, None
             try:
-                client = client or Client(self.shipping)
+                client = client or self._connect(self.shipping)
                 answer = client.post(body, low_water)
             except Exception as error:  # a URL or header that no library takes: an answer, or nobody ever gets one
                 answer = Answer("unauthorized", f"{self.shipping.endpoint}: {error}; check OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -189,7 +203,9 @@ def judge(status: int, retry_after: str | None, content: bytes, endpoint: str) -
         return Answer("unauthorized", f"{said}; check OTEL_EXPORTER_OTLP_HEADERS")
     if status == 404:
         return Answer("unauthorized", f"{said}; is this an OTLP/HTTP port (4318) and the path right?")
-    if status == 413:
+    if status == 400 and _TLS_PORT in detail.lower():
+        return Answer("unauthorized", f"{endpoint} is a TLS port; write https://")
+    if status == 413 or (status == 400 and _TOO_LARGE in detail.lower()):
         return Answer("too_large", said)
     if status in (408, 429) or status >= 500:
         return Answer("retry", said, 0, _retry_after_s(retry_after))
@@ -212,9 +228,9 @@ def _retry_after_s(text: str | None) -> float:
 def partial_success(content: bytes) -> tuple[int, str]:
     """(rejected_log_records, error_message) of an ExportLogsServiceResponse; (0, "") for anything else."""
     try:
-        for number, value in _fields(content):
+        for number, value in read_fields(content):
             if number == 1 and isinstance(value, bytes):
-                inner = dict(_fields(value))
+                inner = dict(read_fields(value))
                 rejected, message = inner.get(1, 0), inner.get(2, b"")
                 if isinstance(rejected, int) and isinstance(message, bytes):
                     return rejected, message.decode("utf-8", "replace")
@@ -223,7 +239,12 @@ def partial_success(content: bytes) -> tuple[int, str]:
     return 0, ""
 
 
-def _fields(data: bytes) -> list[tuple[int, int | bytes]]:
+def read_fields(data: bytes) -> list[tuple[int, int | bytes]]:
+    """(number, value) of each field of a message whose fields are varints or length-delimited.
+
+    Raises:
+        IndexError, ValueError: it is cut or has other fields.
+    """
     found: list[tuple[int, int | bytes]] = []
     position = 0
     while position < len(data):

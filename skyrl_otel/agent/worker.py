@@ -20,6 +20,7 @@ from collections import OrderedDict
 from skyrl_otel.agent import supervise
 from skyrl_otel.agent.ballast import Ballast
 from skyrl_otel.agent.batch import BATCH_BYTES, Batch, build
+from skyrl_otel.agent.connect import connect
 from skyrl_otel.agent.moments import Moments
 from skyrl_otel.agent.ship import Answer, Sender
 from skyrl_otel.agent.status import Reporter, Status
@@ -81,6 +82,7 @@ class Agent:
         self._reporter = Reporter()
         self._shipping: Shipping | None = None
         self._shipping_stat: tuple[int, int] | None = None
+        self._shipping_waits = False
         self._sender: Sender | None = None
         self._ballast = Ballast(run.path / "ballast")
         self._unwritten: set[str] = set()  # writers whose checkpoint on disk is behind
@@ -318,6 +320,9 @@ class Agent:
         stamp = (found.st_mtime_ns, found.st_ino)
         if stamp == self._shipping_stat:
             return
+        self._shipping_waits = self._inflight is not None
+        if self._shipping_waits:
+            return  # what is under way is answered first: sent twice, a receiver that is no store of ours has it twice
         shipping = token.read(self._run)
         if shipping is None:
             return
@@ -329,13 +334,13 @@ class Agent:
         if self._sender is not None:
             self._epoll.unregister(self._sender.wake_fd)
             self._sender.close()
-        self._sender = Sender(shipping)
+        self._sender = Sender(shipping, connect)
         self._epoll.register(self._sender.wake_fd, select.EPOLLIN)
-        if self._inflight is not None:
-            self._hold_back(self._inflight)
         self._not_before = 0.0
 
     def _send(self) -> None:
+        if self._shipping_waits and self._inflight is None:
+            self._load_shipping()
         if self._sender is None:
             return
         if self._prepared is None:

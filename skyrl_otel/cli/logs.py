@@ -13,6 +13,7 @@ from skyrl_otel.cli.ending import fail, quiet_end
 if TYPE_CHECKING:
     from skyrl_otel.query.filters import Filter
     from skyrl_otel.query.runs import FoundRun
+    from skyrl_otel.query.sources import Source
 
 
 def command(
@@ -31,6 +32,10 @@ def command(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as more comes, until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     log_dir: Annotated[Path | None, typer.Option("--log-dir", help="Where finished runs lie.")] = None,
+    loki: Annotated[
+        str, typer.Option("--loki", help="Read Loki at this URL. Default: SKYRL_OTEL_LOKI, else the store.")
+    ] = "",
+    loki_tenant: Annotated[str, typer.Option("--loki-tenant", help="Loki's tenant (X-Scope-OrgID).")] = "",
 ) -> None:
     """Print what a run recorded, by time, with who wrote it. All conditions must hold.
 
@@ -43,10 +48,18 @@ def command(
       skyrl-otel logs --role policy --rank 3 --stream stderr
 
       skyrl-otel logs --grep 'Error|Traceback' --json | jq -r .body
+
+      skyrl-otel logs --loki http://loki:3100 --run night-7   the same from Loki
+
+    Headers for Loki, a token for example, are taken from SKYRL_OTEL_LOKI_HEADERS.
     """
     import sqlite3
 
+    from skyrl_otel.cli.loki import connect
     from skyrl_otel.query import filters
+    from skyrl_otel.query.loki import LokiError, LokiSource
+    from skyrl_otel.query.runs import UnknownRun
+    from skyrl_otel.query.sources import StoreSource
 
     try:
         wanted = filters.Filter(
@@ -62,10 +75,17 @@ def command(
         )
     except filters.FilterError as error:
         fail(error)
-    found = find(run, log_dir)
+    remote = connect(loki, loki_tenant)
     with quiet_end():
+        if remote is not None:
+            try:
+                _print(LokiSource(remote, remote.choose_run(run)), wanted, follow=follow, as_json=as_json)
+            except (LokiError, UnknownRun) as error:
+                fail(error)
+            return
+        found = find(run, log_dir)
         try:
-            _print(found, wanted, follow=follow, as_json=as_json)
+            _print(StoreSource(found.path), wanted, follow=follow, as_json=as_json)
         except (sqlite3.Error, FileNotFoundError) as error:
             fail(f"cannot read {found.path}: {error}")
 
@@ -82,16 +102,14 @@ def find(run: str, log_dir: Path | None) -> FoundRun:
         fail(error)
 
 
-def _print(found: FoundRun, wanted: Filter, *, follow: bool, as_json: bool) -> None:
+def _print(source: Source, wanted: Filter, *, follow: bool, as_json: bool) -> None:
     from skyrl_otel.query import render
-    from skyrl_otel.query.sources import StoreSource
 
     out = sys.stdout
     colour = out.isatty() and _has_colours()
     line = render.json_line if as_json else render.Lines(colour=colour).line
     if hasattr(out, "reconfigure"):
         out.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=False)
-    source = StoreSource(found.path)
     for record in source.read(wanted):
         out.write(line(record))
     out.flush()

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from skyrl_otel.agent.ship import Client
+from skyrl_otel.agent.connect import connect
 from skyrl_otel.config import Config, describe
 from skyrl_otel.query.backlog import measure
+from skyrl_otel.query.explain import advice
 from skyrl_otel.query.summary import RunSummary, summarize
 from skyrl_otel.spool import locks, token
 from skyrl_otel.spool.layout import RunDir, SpoolRefused, check_disk, ensure_private_dir, existing_runs, read_file
@@ -73,7 +74,7 @@ def check_endpoint(config: Config) -> Iterator[Finding]:
 def probe(shipping: Shipping, area: str) -> Finding:
     """Send an empty, valid request: it tells address, path, TLS and token at once and stores nothing."""
     began = time.monotonic()
-    client = Client(replace(shipping, timeout_s=min(shipping.timeout_s, _ANSWER_S)))
+    client = connect(replace(shipping, timeout_s=min(shipping.timeout_s, _ANSWER_S)))
     try:
         answer = client.post(b"")
     finally:
@@ -81,7 +82,7 @@ def probe(shipping: Shipping, area: str) -> Finding:
     host = urlsplit(shipping.endpoint).netloc.rpartition("@")[2]
     if answer.verdict == "accepted":
         return Finding("ok", area, f"{host} takes records, answered in {(time.monotonic() - began) * 1000:.0f} ms")
-    return Finding("wrong", area, answer.reason)
+    return Finding("wrong", area, answer.reason + advice(answer.reason))
 
 
 def check_spool(config: Config) -> Iterator[Finding]:
@@ -136,7 +137,8 @@ def _check_agent(area: str, status: dict[str, Any] | None, state: str) -> Iterat
     if age_s > _STALE_S:
         yield Finding("wrong", area, f"agent {pid} has said nothing for {age_s:.0f} s; {state}")
     elif status.get("error"):
-        yield Finding("wrong", area, f"agent {pid}: {status['error']}; {state}")
+        error = str(status["error"])
+        yield Finding("wrong", area, f"agent {pid}: {error}{advice(error)}; {state}")
     else:
         counters = f"{status.get('sent_records', 0)} records sent, {status.get('restarts', 0)} restarts"
         yield Finding("ok", area, f"agent {pid}: {state}; {counters}")

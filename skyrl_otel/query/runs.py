@@ -50,16 +50,25 @@ def choose_run(runs: list[FoundRun], name: str) -> FoundRun:
     Raises:
         UnknownRun: there is none.
     """
-    if not runs:
+    chosen = choose_name([run.run_id for run in runs], name)
+    return next(run for run in runs if run.run_id == chosen)
+
+
+def choose_name(names: list[str], name: str) -> str:
+    """Of these names that one, or the only one that begins so; the first for "".
+
+    Raises:
+        UnknownRun: there is none.
+    """
+    if not names:
         raise UnknownRun("no run is recorded here; start one with: skyrl-otel run -- python train.py")
     if not name:
-        return runs[0]
-    exact = [run for run in runs if run.run_id == name]
-    similar = exact or [run for run in runs if run.run_id.startswith(name)]
-    if exact or len(similar) == 1:
-        return similar[0]
-    listed = ", ".join(run.run_id for run in (similar or runs)[:10])
-    more = f" and {len(similar or runs) - 10} more" if len(similar or runs) > 10 else ""
+        return names[0]
+    similar = [known for known in names if known.startswith(name)]
+    if name in names or len(similar) == 1:
+        return name if name in names else similar[0]
+    listed = ", ".join((similar or names)[:10])
+    more = f" and {len(similar or names) - 10} more" if len(similar or names) > 10 else ""
     problem = "is ambiguous" if similar else "is not recorded here"
     raise UnknownRun(f"run {name!r} {problem}; there are {listed}{more}")
 
