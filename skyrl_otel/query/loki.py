@@ -127,6 +127,8 @@ class LokiSource:
         self._loki = loki
         self._run_id = run_id
         self._began = 0
+        self._newest = 0
+        self._left_out = False
         self._seen: dict[tuple[int, str, str], None] = {}
 
     def read(self, wanted: Filter) -> Iterator[Record]:
@@ -134,7 +136,7 @@ class LokiSource:
         self._began = time.time_ns()
         start = wanted.since_unix_nano or self._began - _BACK_NS
         recent = max(start, self._began - _LATE_NS)
-        self._seen = {_key(record): None for record in self._pages(wanted, recent, newest_first=False)}
+        self._seen, self._left_out = {}, wanted.limit is not None
         if wanted.limit is None:
             records = in_order(self._pages(wanted, start, newest_first=False))
         else:
@@ -143,6 +145,7 @@ class LokiSource:
         for record in records:
             if record.time_unix_nano >= recent:
                 self._seen[_key(record)] = None
+            self._newest = max(self._newest, record.time_unix_nano)
             yield record
 
     def follow(self, wanted: Filter, is_over: Callable[[], bool]) -> Iterator[Record | None]:
@@ -153,7 +156,10 @@ class LokiSource:
             for record in in_order(self._pages(wanted, horizon, newest_first=False)):
                 if _key(record) not in self._seen:
                     self._seen[_key(record)] = None
-                    yield record
+                    # What a limit left out is not new. (A line that came late in this very second passes for such.)
+                    if not self._left_out or record.time_unix_nano > self._newest:
+                        yield record
+            self._left_out = False
             self._seen = {key: None for key in self._seen if key[0] >= horizon}
             yield None
             if over:

@@ -1,5 +1,7 @@
 """Two Ray nodes on one machine: network, mount, pid and host name of their own, a private /tmp and spool each.
 
+A bridge joins them to a third address, this machine's own, where a collector can listen.
+
 Needs root. Everything is made by `two_nodes` and removed at its end; whatever runs in a node dies with its pid namespace.
 """
 
@@ -18,6 +20,7 @@ from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+HOST = "10.77.0.254"
 NAMES = ("node-one", "node-two")
 RAY_PORT = 6399
 
@@ -111,19 +114,24 @@ def _namespace(index: int) -> str:
 def two_nodes() -> Iterator[Nodes]:
     """Raises CalledProcessError, with the tool's words, where the machine refuses namespaces."""
     base = Path(tempfile.mkdtemp(prefix="sk-nodes-", dir="/var/tmp"))
-    links = [f"sk{os.getpid() % 100000}{side}" for side in "ab"]
+    bridge = f"sk{os.getpid() % 100000}"
     try:
-        for index in range(2):
+        _ip("link", "add", bridge, "type", "bridge")
+        _ip("addr", "add", f"{HOST}/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
+        for index, side in enumerate("ab"):
+            inside, outside = f"{bridge}{side}", f"{bridge}{side}o"
             _ip("netns", "add", _namespace(index))
-        _ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
-        for index, link in enumerate(links):
-            _ip("link", "set", link, "netns", _namespace(index))
-            _ip("-n", _namespace(index), "addr", "add", f"{ADDRESSES[index]}/24", "dev", link)
-            _ip("-n", _namespace(index), "link", "set", link, "up")
+            _ip("link", "add", outside, "type", "veth", "peer", "name", inside)
+            _ip("link", "set", outside, "master", bridge, "up")
+            _ip("link", "set", inside, "netns", _namespace(index))
+            _ip("-n", _namespace(index), "addr", "add", f"{ADDRESSES[index]}/24", "dev", inside)
+            _ip("-n", _namespace(index), "link", "set", inside, "up")
         yield Nodes(base)
     finally:
         for index in range(2):
             subprocess.run(["ip", "netns", "del", _namespace(index)], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
         shutil.rmtree(base, ignore_errors=True)
 
 
