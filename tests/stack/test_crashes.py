@@ -1,0 +1,180 @@
+"""The collector is killed right after its 2xx, ten times, while Loki is away: nothing is lost, nothing is shown twice.
+
+Of every second 2xx the agent never hears, as when the connection breaks with the process: it sends the same bytes again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from skyrl_otel.spool import token
+from skyrl_otel.spool.token import Shipping
+from tests.agent.conftest import Node
+from tests.stack.processes import TOKEN, Loki, Otelcol, get, wait_for
+from tests.stack.proxy import Proxy
+
+pytestmark = [pytest.mark.collector, pytest.mark.loki, pytest.mark.timeout(600)]
+
+KILLS, LOKI_AWAY_S = 10, 120.0
+LINES_EACH, EVERY_S = 40, 0.1
+QUERY = '{skyrl_run_id="run"} |= "crash-line"'
+
+
+class Killer:
+    """Kills the collector at an acceptance when it is due, and starts it again a second later."""
+
+    def __init__(self, otelcol: Otelcol) -> None:
+        self.otelcol = otelcol
+        self.kills = 0
+        self.due = threading.Event()
+
+    def accepted(self, headers: dict[str, str], body: bytes) -> bool:
+        if not self.due.is_set():
+            return True
+        self.due.clear()
+        os.kill(self.otelcol.pid, 9)  # it has said yes; now it cannot do anything more
+        self.kills += 1
+        threading.Thread(target=self._start_again).start()
+        return self.kills % 2 == 0
+
+    def _start_again(self) -> None:
+        self.otelcol.kill()
+        time.sleep(1.0)
+        self.otelcol.start()
+
+
+@pytest.fixture
+def folder(spool_root: Path) -> Iterator[Path]:
+    yield spool_root / "servers"
+
+
+def test_nothing_is_lost_or_shown_twice(spool_root: Path, folder: Path) -> None:
+    loki = Loki(folder / "loki")
+    otelcol = Otelcol(folder / "otelcol", loki)
+    node = Node(spool_root)
+    killer = Killer(otelcol)
+    proxy = Proxy(otelcol.url, killer.accepted)
+    try:
+        loki.start()
+        otelcol.start()
+        token.write(
+            node.run, Shipping(f"{proxy.url}/v1/logs", {"authorization": f"Bearer {TOKEN}"}, compression="gzip")
+        )
+        node.start()
+        written = _write_through_the_outage(node, loki, killer)
+        assert killer.kills == KILLS
+        wait_for(lambda: loki.count(QUERY).get("", 0) >= written, "all lines are in Loki", 120, 2.0)
+        wait_for(lambda: otelcol.metric("otelcol_exporter_queue_size") == 0, "the queue is empty", 120, 1.0)
+        _check(loki, otelcol, written)
+    finally:
+        node.close()
+        proxy.close()
+        otelcol.kill()
+        loki.kill()
+
+
+def _write_through_the_outage(node: Node, loki: Loki, killer: Killer) -> int:
+    """Steady lines before, during and after; returns how many."""
+    writer = node.writer(role="policy", rank=0)
+    began = time.monotonic()
+    away_from, back_at = 5.0, 5.0 + LOKI_AWAY_S
+    kill_at = [away_from + (n + 0.5) * LOKI_AWAY_S / KILLS for n in range(KILLS)]
+    number = 0
+    is_away = False
+    starter: threading.Thread | None = None
+    while (now := time.monotonic() - began) < back_at + 10.0 or killer.kills < KILLS:
+        os.write(writer.fds["out"], b"".join(b"crash-line %d\n" % n for n in range(number, number + LINES_EACH)))
+        number += LINES_EACH
+        if not is_away and starter is None and now >= away_from:
+            loki.kill()
+            is_away = True
+        if is_away and now >= back_at:
+            starter = threading.Thread(target=loki.start)
+            starter.start()
+            is_away = False
+        if kill_at and now >= kill_at[0]:
+            kill_at.pop(0)
+            killer.due.set()
+        time.sleep(EVERY_S)
+    assert starter is not None
+    starter.join()
+    return number
+
+
+def _check(loki: Loki, otelcol: Otelcol, written: int) -> None:
+    expected = {f"crash-line {n}" for n in range(written)}
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "skyrl_otel",
+            "logs",
+            "--loki",
+            loki.url,
+            "--run",
+            "run",
+            "--grep",
+            "crash-line",
+            "--json",
+        ],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    records = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert [record["body"] for record in records] == [f"crash-line {n}" for n in range(written)], "once, and in order"
+    # Loki's own answer, not ours: each nanosecond has one entry.
+    raw = _raw(loki)
+    assert len(raw) == written and set(raw) == expected and max(raw.values()) == 1
+    counted = loki.count(QUERY)[""]
+    assert counted >= written
+    otelcol.stop()
+    in_file = Counter(record["body"] for record in otelcol.recorded() if record["body"].startswith("crash-line"))
+    print(
+        json.dumps(
+            {
+                "lines": written,
+                "kills_after_2xx": KILLS,
+                "of_which_the_2xx_never_arrived": KILLS // 2,
+                "loki_away_s": LOKI_AWAY_S,
+                "lost": len(expected - set(raw)),
+                "repeats_in_log_queries": sum(raw.values()) - len(raw),
+                "count_over_time_inflation": round(counted / written - 1, 5),
+                "file_repeats": sum(in_file.values()) - len(in_file),
+                "file_missing": len(expected - set(in_file)),
+            }
+        )
+    )
+
+
+def _raw(loki: Loki) -> Counter[str]:
+    """Bodies as a plain log query gives them."""
+    found: Counter[str] = Counter()
+    start, end = time.time_ns() - 3600 * 10**9, time.time_ns() + 600 * 10**9
+    while True:
+        answer = json.loads(
+            get(
+                f"{loki.url}/loki/api/v1/query_range",
+                query=QUERY,
+                start=start,
+                end=end,
+                limit=5000,
+                direction="forward",
+            )
+        )
+        values = [(int(value[0]), value[1]) for stream in answer["data"]["result"] for value in stream["values"]]
+        found.update(line for _, line in values)
+        if len(values) < 5000:
+            return found
+        start = max(time_ns for time_ns, _ in values) + 1
