@@ -196,7 +196,7 @@ def judge(status: int, retry_after: str | None, content: bytes, endpoint: str) -
         rejected, message = partial_success(content)
         return Answer("accepted", f"{endpoint} rejected {rejected} records: {message}" if rejected else "", rejected)
     said = f"{endpoint} answered {status} {http.client.responses.get(status, '')}".rstrip()
-    detail = content[:200].decode("utf-8", "replace").strip()
+    detail = _detail(content)
     if detail.isprintable() and detail:
         said = f"{said}: {detail}"
     if status in (401, 403):
@@ -212,6 +212,18 @@ def judge(status: int, retry_after: str | None, content: bytes, endpoint: str) -
     if 300 <= status < 400:
         return Answer("unauthorized", f"{said}: redirects are not followed, set the final URL")
     return Answer("refused", said)
+
+
+def _detail(content: bytes) -> str:
+    """What a refusal says: the message of a google.rpc.Status, as OTLP receivers answer, or plain text."""
+    try:
+        fields = dict(read_fields(content))
+        message = fields.get(2)
+        if set(fields) <= {1, 2, 3} and isinstance(message, bytes):
+            return message[:200].decode("utf-8", "replace").strip()
+    except (IndexError, ValueError):
+        pass
+    return content[:200].decode("utf-8", "replace").strip()
 
 
 def _retry_after_s(text: str | None) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skyrl_otel.spool import identity, locks
+from skyrl_otel.spool import frames, identity, locks
 from skyrl_otel.spool.checkpoint import Checkpoint, Position
 from skyrl_otel.spool.layout import RunDir, read_file
 
@@ -55,6 +56,31 @@ def _unacknowledged(folder: Path, names: list[str]) -> int:
         if name.startswith("records.") and number.isdigit() and int(number) >= done.generation:
             total += _beyond(folder / name, done.offset if int(number) == done.generation else 0)
     return total
+
+
+def oldest_unix_nano(run: RunDir) -> int | None:
+    """The time of the oldest line that an agent has seen and that is not acknowledged; None where there is none.
+
+    What no agent has seen yet gets its time when one does.
+    """
+    moments = []
+    for _, folder in run.writers():
+        try:
+            checkpoint = Checkpoint.read(folder / "checkpoint")
+            found = [
+                item.payload
+                for item in frames.scan(read_file(folder / "decisions", 1 << 30))
+                if isinstance(item, frames.Frame)
+            ]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+        for payload in found:
+            _, file, generation, offset, kind, value, *_ = json.loads(payload)
+            done = checkpoint.files.get(file, Position(0, 0))
+            if kind == "mark" and file and (generation, offset) > (done.generation, done.offset):
+                moments.append(int(value))
+                break  # a file's marks only grow
+    return min(moments, default=None)
 
 
 def _beyond(path: Path, offset: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from skyrl_otel.capture.launch import ensure_agent
 from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
-from skyrl_otel.query.backlog import Backlog, measure
+from skyrl_otel.query.backlog import Backlog, measure, oldest_unix_nano
 from skyrl_otel.spool import locks, token
 from skyrl_otel.spool.layout import RunDir, read_file
 from skyrl_otel.terminal.say import say
@@ -27,6 +27,8 @@ from skyrl_otel.terminal.supervise import Collector, hand_out_token
 _LOOK_EVERY_S = 0.2
 _SAY_EVERY_S = 5.0
 _READY_S = 30.0
+_LOKI_WINDOW_S = 3600.0
+"""Half of `ingester.max_chunk_age`, which is two hours where nobody changed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ def replay(run: RunDir, config: Config, *, timeout_s: float) -> Delivery:
     before = measure(run)
     say(f"run {run.run_id}: {_size(before.size_bytes)} of {before.holding} writers to deliver")
     collector = _choose_receiver(run, config)
+    _warn_of_age(run)
     try:
         left, error = _wait(run, before.size_bytes, timeout_s)
     finally:
@@ -88,6 +91,20 @@ def _choose_receiver(run: RunDir, config: Config) -> Collector | None:
     collector.start()
     collector.wait_ready(_READY_S, lambda: False)
     return collector
+
+
+def _warn_of_age(run: RunDir) -> None:
+    """Loki refuses lines that lie too far behind the newest of their stream; who sent them hears of it from nobody."""
+    known, oldest = token.read(run), oldest_unix_nano(run)
+    if oldest is None or known is None or (known.control is not None and _is_embedded(known)):
+        return
+    age_s = (time.time_ns() - oldest) / 1e9
+    if age_s > _LOKI_WINDOW_S:
+        say(
+            f"run {run.run_id}: the oldest line is {age_s / 3600:.1f} h old; a Loki of stock settings refuses what lies more"
+            " than 1 h behind the newest line of its stream (ours: 25 h, ingester.max_chunk_age / 2) or is over 7 days old"
+            " (reject_old_samples); afterwards, `skyrl-otel doctor --loki URL` tells what it refused"
+        )
 
 
 def _is_embedded(shipping: token.Shipping) -> bool:

@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from skyrl_otel.agent.writer import Writer
+from skyrl_otel.query.backlog import oldest_unix_nano
 from skyrl_otel.spool import layout
 from tests.agent.conftest import Node, wait_for
 
@@ -59,3 +62,28 @@ def test_what_a_killed_launcher_left_is_delivered_to_the_run_s_own_store(spool_r
     again = subprocess.run([*OURS, "replay"], env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert "nothing is waiting" in again.stderr
+
+
+def test_what_a_loki_would_refuse_is_said_before(spool_root: Path) -> None:
+    """A line that an agent saw long ago and could not deliver."""
+    node = Node(spool_root / "spool")
+    try:
+        writer = node.writer(role="policy")
+        agent = Writer("run", writer.writer_id, writer.path)
+        os.write(writer.fds["out"], b"old\n")
+        agent.observe(time.time_ns() - 5 * 3600 * 10**9)
+        agent.flush()
+        agent.close()
+        assert oldest_unix_nano(node.run) is not None
+        environment = {
+            **os.environ,
+            "SKYRL_OTEL_SPOOL_DIR": str(spool_root / "spool"),
+            "OTEL_EXPORTER_OTLP_ENDPOINT": node.receiver.url.removesuffix("/v1/logs"),
+        }
+        done = subprocess.run([*OURS, "replay"], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "the oldest line is 5.0 h old; a Loki of stock settings refuses" in done.stderr
+        assert node.receiver.bodies() == {"old": 1}
+        assert oldest_unix_nano(node.run) is None
+    finally:
+        node.close()
