@@ -154,7 +154,7 @@ def test_twenty_megabytes_at_once(bench: Bench) -> None:
 
 def test_collector_out_of_memory(bench: Bench) -> None:
     """memory_limiter refuses everything; then the collector is given memory."""
-    bench.otelcol.start(OTELCOL_MEMORY_MIB="12", OTELCOL_SPIKE_MIB="2")
+    bench.otelcol.start(OTELCOL_MEMORY_MIB="3", OTELCOL_SPIKE_MIB="2")
     time.sleep(1.0)  # the limiter looks every half second
     bench.write()
     bench.ship()
