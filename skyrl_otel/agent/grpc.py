@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from skyrl_otel.agent.ship import LOW_WATER_HEADER, Answer, partial_success, read_fields
+from skyrl_otel.agent.ship import CONNECTION_S, LOW_WATER_HEADER, Answer, partial_success, read_fields
 from skyrl_otel.spool.token import Shipping
 
 _METHOD = "/opentelemetry.proto.collector.logs.v1.LogsService/Export"
@@ -37,6 +38,7 @@ class GrpcClient:
         self._grpc: Any = None
         self._channel: Any = None
         self._export: Any = None
+        self._opened_at = 0.0
 
     def post(self, body: bytes, low_water: str = "") -> Answer:
         """One attempt; never raises."""
@@ -55,6 +57,8 @@ class GrpcClient:
             metadata.append((LOW_WATER_HEADER, low_water))
         compression = grpc.Compression.Gzip if self._shipping.compression == "gzip" else grpc.Compression.NoCompression
         try:
+            if time.monotonic() - self._opened_at > CONNECTION_S:
+                self.close()
             if self._export is None:
                 self._open()
             answer = self._export(body, timeout=self._shipping.timeout_s, metadata=metadata, compression=compression)
@@ -76,6 +80,7 @@ class GrpcClient:
             self._channel = self._export = None
 
     def _open(self) -> None:
+        self._opened_at = time.monotonic()
         grpc, shipping = self._grpc, self._shipping
         # Our own backoff decides when the next try is; a channel of its own must not sit in gRPC's global pool.
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]

@@ -29,6 +29,9 @@ LOW_WATER_HEADER = "skyrl-otel-low-water"
 _TOO_LARGE = "request body too large"  # what net/http's MaxBytesReader says; otelcol sends it with a 400
 _TLS_PORT = "client sent an http request to an https server"  # net/http, with a 400 too
 
+CONNECTION_S = 300.0
+"""A connection is not kept longer: collectors that were added or moved since are found by asking the resolver again."""
+
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S, _UNAUTHORIZED_S = 0.2, 15.0, 5.0
 
 
@@ -132,6 +135,7 @@ class Client:
         self._url = url
         self._path = (url.path or "/") + (f"?{url.query}" if url.query else "")
         self._connection: http.client.HTTPConnection | None = None
+        self._opened_at = 0.0
 
     def post(self, body: bytes, low_water: str = "") -> Answer:
         """One attempt; never raises."""
@@ -145,6 +149,8 @@ class Client:
         if self._shipping.compression == "gzip":
             body = gzip.compress(body, 1, mtime=0)
             headers["content-encoding"] = "gzip"
+        if time.monotonic() - self._opened_at > CONNECTION_S:
+            self.close()
         fresh = self._connection is None
         try:
             return self._attempt(body, headers)
@@ -175,6 +181,7 @@ class Client:
         return judge(response.status, response.getheader("retry-after"), content, self._shipping.endpoint)
 
     def _connect(self) -> http.client.HTTPConnection:
+        self._opened_at = time.monotonic()
         host, port, timeout = self._url.hostname or "", self._url.port, self._shipping.timeout_s
         if self._url.scheme == "https":
             import ssl  # only here: an interpreter without it still sends over http
