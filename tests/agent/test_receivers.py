@@ -1,0 +1,93 @@
+"""How real receivers answer where the specification would have them answer otherwise, and receivers that change."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from skyrl_otel.agent import ship
+from skyrl_otel.agent.ship import Client, judge
+from skyrl_otel.spool.token import Shipping
+from tests.agent.conftest import Node
+from tests.receiver import OK, Receiver, Reply
+
+
+def test_a_token_written_again_does_not_send_again_what_is_under_way(node: Node) -> None:
+    """A stock collector's own file has no uids to drop a repeat by."""
+    here, go_on = threading.Event(), threading.Event()
+
+    def reply(receiver: Receiver, body: bytes) -> Reply:
+        here.set()
+        assert go_on.wait(10)
+        return OK
+
+    node.receiver.reply = reply
+    folder = node.writer(role="r")
+    os.write(folder.fds["out"], b"one\n")
+    node.ship()
+    node.start()
+    assert here.wait(10)
+    node.ship(timeout_s=11.0)
+    os.write(folder.fds["out"], b"two\n")
+    threading.Timer(1.5, go_on.set).start()
+    node.receiver.wait(lambda: node.receiver.bodies() == {"one": 1, "two": 1})
+    assert len(node.receiver.attempts) == len(set(node.receiver.attempts))
+    assert sorted(record.body for record in node.receiver.records if not record.event) == ["one", "two"]
+
+
+def test_a_400_that_says_too_large_splits_the_batch(node: Node) -> None:
+    def reply(receiver: Receiver, body: bytes) -> Reply:
+        # What otelcol 0.161 answers: a google.rpc.Status in a 400.
+        return OK if len(body) < 50_000 else (400, {}, b"\x08\x03\x12\x1ehttp: request body too large\x00\x00")
+
+    node.receiver.reply = reply
+    folder = node.writer(role="r")
+    os.write(folder.fds["out"], b"".join(b"line %d %b\n" % (n, b"x" * 100) for n in range(2000)))
+    node.ship()
+    node.start()
+    node.receiver.wait(lambda: len(node.receiver.lines()) == 2000)
+    assert node.status()["lost_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "verdict"),
+    [
+        (400, b"http: request body too large\n", "too_large"),
+        (400, b"\x08\x03\x12\x1chttp: request body too large", "too_large"),
+        (413, b"", "too_large"),
+        (400, b"Client sent an HTTP request to an HTTPS server.\n", "unauthorized"),
+        (400, b"proto: cannot parse", "refused"),
+        (401, b"\x08\x10\x12\x05wrong", "unauthorized"),
+        (503, b"\x08\x0e\x12\x21data refused due to high memory us", "retry"),
+    ],
+)
+def test_what_an_answer_means(status: int, content: bytes, verdict: str) -> None:
+    answer = judge(status, None, content, "http://c:4318/v1/logs")
+    assert answer.verdict == verdict
+    assert answer.reason.isprintable()
+
+
+def test_a_connection_is_renewed_and_the_resolver_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Receiver(), Receiver()
+    ports = [first.port, second.port]
+    resolve = socket.getaddrinfo
+
+    def moved(host: Any, port: Any, *arguments: Any, **more: Any) -> Any:
+        return resolve("127.0.0.1", ports[0] if host == "collector.test" else port, *arguments, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", moved)
+    client = Client(Shipping("http://collector.test:4318/v1/logs", {}))
+    assert client.post(b"").verdict == "accepted"
+    ports.reverse()
+    assert client.post(b"").verdict == "accepted"
+    assert (first.requests, second.requests) == (2, 0)
+    monkeypatch.setattr(ship, "CONNECTION_S", -1.0)
+    assert client.post(b"").verdict == "accepted"
+    assert (first.requests, second.requests) == (2, 1)
+    client.close()
+    first.close()
+    second.close()
