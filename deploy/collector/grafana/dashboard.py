@@ -78,9 +78,9 @@ PANELS = (
     Panel(
         "Volume by actor",
         "bars",
-        f'sum by (ray_actor_name) (bytes_over_time({RUN} | ray_actor_name != "" [$__auto]))',
-        "Bytes of messages of named actors.",
-        legend="{{ray_actor_name}}",
+        f'sum by (ray_actor_class, ray_actor_name) (bytes_over_time({RUN} | ray_actor_class != "" [$__auto]))',
+        "Bytes of messages, by class and, where it has one, name.",
+        legend="{{ray_actor_class}} {{ray_actor_name}}",
         unit="bytes",
     ),
     Panel(
@@ -105,7 +105,14 @@ PANELS = (
         width=24,
     ),
     Panel("First errors", "logs-ascending", ERRORS, "The oldest first: that is where one looks.", width=24),
-    Panel("One actor", "logs", f'{RUN} | ray_actor_name=~"$actor"', "Choose it above.", width=24, height=10),
+    Panel(
+        "One actor",
+        "logs",
+        f'{RUN} | (ray_actor_name=~"$actor" or ray_actor_class=~"$actor")',
+        "By name or class, chosen above.",
+        width=24,
+        height=10,
+    ),
     Panel(
         "Live",
         "logs",
