@@ -227,10 +227,10 @@ def _detail(content: bytes) -> str:
         fields = dict(read_fields(content))
         message = fields.get(2)
         if set(fields) <= {1, 2, 3} and isinstance(message, bytes):
-            return message[:200].decode("utf-8", "replace").strip()
+            content = message
     except (IndexError, ValueError):
         pass
-    return content[:200].decode("utf-8", "replace").strip()
+    return " ".join(content[:300].decode("utf-8", "replace").split())  # one line, whatever it is
 
 
 def _retry_after_s(text: str | None) -> float:
