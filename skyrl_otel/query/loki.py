@@ -167,16 +167,26 @@ class LokiSource:
             time.sleep(_POLL_S)
 
     def _pages(self, wanted: Filter, start: int, *, newest_first: bool) -> Iterator[Record]:
-        """All records from `start` on, by time. A page ends inside a nanosecond at times: that one is asked for again."""
+        """All records from `start` on, by time, once: what a resend brought twice Loki may show twice for a while.
+
+        A page ends inside a nanosecond at times: that one is asked for again.
+        """
         query = logql.of(wanted, self._run_id)
         end = time.time_ns() + _AHEAD_NS
         limit = PAGE
+        moment, here = 0, set[tuple[int, str, str]]()
         while True:
             page = self._loki.entries(query, start, end, limit, newest_first=newest_first)
             full = len(page) >= limit
             last = page[-1].time_unix_nano if page else 0
             whole = [record for record in page if record.time_unix_nano != last] if full else page
-            yield from (record for record in whole if wanted.grep is None or wanted.grep.search(record.body))
+            for record in whole:
+                if record.time_unix_nano != moment:
+                    moment, here = record.time_unix_nano, set()
+                key = _key(record)
+                if key not in here and (wanted.grep is None or wanted.grep.search(record.body)):
+                    yield record
+                here.add(key)
             if not full:
                 return
             limit = PAGE if whole else limit * 2  # a page of one nanosecond alone: a larger one
