@@ -29,6 +29,8 @@ LOW_WATER_HEADER = "skyrl-otel-low-water"
 _TOO_LARGE = "request body too large"  # what net/http's MaxBytesReader says; otelcol sends it with a 400
 _TLS_PORT = "client sent an http request to an https server"  # net/http, with a 400 too
 
+_TLS_SAID = "{} is a TLS port; write https://"
+
 CONNECTION_S = 300.0
 """A connection is not kept longer: collectors that were added or moved since are found by asking the resolver again."""
 
@@ -159,12 +161,29 @@ class Client:
             if not fresh and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
                 # The receiver closed an idle kept connection: no failure, try a new one at once.
                 return self.post(body if "content-encoding" not in headers else gzip.decompress(body), low_water)
+            if isinstance(error, (ConnectionResetError, http.client.BadStatusLine)) and self._is_tls_port():
+                return Answer("unauthorized", _TLS_SAID.format(self._shipping.endpoint))
             return Answer("retry", f"{self._shipping.endpoint}: {_explain(error)}")
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _is_tls_port(self) -> bool:
+        """Whether a plain request was cut off because the port speaks TLS: its answer, if it gave one, is lost in the reset."""
+        if self._url.scheme == "https":
+            return False
+        try:
+            import ssl
+
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            address = (self._url.hostname or "", self._url.port or 80)
+            with socket.create_connection(address, self._shipping.timeout_s) as plain, context.wrap_socket(plain):
+                return True
+        except (ImportError, OSError, ValueError):
+            return False
 
     def _attempt(self, body: bytes, headers: dict[str, str]) -> Answer:
         connection = self._connection or self._connect()
@@ -211,7 +230,7 @@ def judge(status: int, retry_after: str | None, content: bytes, endpoint: str) -
     if status == 404:
         return Answer("unauthorized", f"{said}; is this an OTLP/HTTP port (4318) and the path right?")
     if status == 400 and _TLS_PORT in detail.lower():
-        return Answer("unauthorized", f"{endpoint} is a TLS port; write https://")
+        return Answer("unauthorized", _TLS_SAID.format(endpoint))
     if status == 413 or (status == 400 and _TOO_LARGE in detail.lower()):
         return Answer("too_large", said)
     if status in (408, 429) or status >= 500:
