@@ -21,6 +21,7 @@ import pytest
 from skyrl_otel.agent import ending
 from skyrl_otel.agent import writer as writer_module
 from skyrl_otel.agent.batch import Batch, build
+from skyrl_otel.agent.connect import connect
 from skyrl_otel.agent.ship import Client, Sender
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.spool import layout, locks
@@ -413,7 +414,7 @@ def test_a_receiver_that_refuses_before_it_has_read_all_is_understood() -> None:
     "endpoint", ["http://127.0.0.1:port/v1/logs", "http://[::1/v1/logs", "http://127.0.0.1:99999/"]
 )
 def test_a_url_that_no_library_takes_is_said_and_waited_out(endpoint: str) -> None:
-    sender = Sender(Shipping(endpoint, {}))
+    sender = Sender(Shipping(endpoint, {}), connect)
     try:
         sender.submit(b"", "")
         deadline = time.monotonic() + 10

@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.loki, pytest.mark.timeout(200)]
 HOUR = 3600 * 10**9
 
 
-def _post(loki: Loki, body: str, time_unix_nano: int) -> Answer:
+def _post(loki: Loki, body: str, time_unix_nano: int, run: str = "late") -> Answer:
     """As an agent would that sends to Loki itself."""
-    resource = {"service.name": "policy", "service.namespace": "p", "skyrl.run.id": "late", "skyrl.channel": "infra"}
+    resource = {"service.name": "policy", "service.namespace": "p", "skyrl.run.id": run, "skyrl.channel": "infra"}
     made = request([Line(body, (0, 1), time=time_unix_nano)], resource)
     client = Client(Shipping(f"{loki.url}/otlp/v1/logs", {}))
     try:
@@ -53,5 +53,27 @@ def test_how_late_a_replay_may_come(spool_root: Path) -> None:
         assert done.returncode == 1
         assert "refused 1 lines since it began, too_far_behind: " in done.stdout
         assert "ingester.max_chunk_age" in done.stdout
+        _follow(loki)
     finally:
         loki.kill()
+
+
+def _follow(loki: Loki) -> None:
+    """`logs --loki -f`: what comes is shown as it comes, once, and what a limit left out is not new."""
+    for n in range(3):
+        assert _post(loki, f"early {n}", time.time_ns(), "live").verdict == "accepted"
+    following = subprocess.Popen(
+        [sys.executable, "-m", "skyrl_otel", "logs", "--loki", loki.url, "--run", "live", "-f", "-n", "1"],
+        env={"PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert following.stdout is not None
+    try:
+        assert following.stdout.readline().endswith("policy early 2\n")
+        for n in range(3):
+            assert _post(loki, f"new {n}", time.time_ns(), "live").verdict == "accepted"
+            assert following.stdout.readline().endswith(f"policy new {n}\n")
+    finally:
+        following.terminate()
+        following.communicate()
