@@ -32,6 +32,8 @@ _POLL_S = 1.0
 _BACK_NS = 30 * 86_400 * 10**9 - 3_600 * 10**9
 """How far back is looked without --since: Loki's default `max_query_length` is 30 days and an hour."""
 _AHEAD_NS = 600 * 10**9
+_GROWTH = 8
+"""How much more time is asked for after a page that was not full."""
 _LATE_NS = 120 * 10**9
 """`follow` shows what arrives up to this late: lines of a node come in their order, but nodes one after another."""
 
@@ -167,33 +169,39 @@ class LokiSource:
             time.sleep(_POLL_S)
 
     def _pages(self, wanted: Filter, start: int, *, newest_first: bool) -> Iterator[Record]:
-        """All records from `start` on, by time, once: what a resend brought twice Loki may show twice for a while.
-
-        A page ends inside a nanosecond at times: that one is asked for again.
-        """
-        query = logql.of(wanted, self._run_id)
-        end = time.time_ns() + _AHEAD_NS
-        limit = PAGE
+        """All records from `start` on, by time, once: what a resend brought twice Loki may show twice for a while."""
         moment, here = 0, set[tuple[int, str, str]]()
-        while True:
-            page = self._loki.entries(query, start, end, limit, newest_first=newest_first)
-            full = len(page) >= limit
-            last = page[-1].time_unix_nano if page else 0
-            whole = [record for record in page if record.time_unix_nano != last] if full else page
-            for record in whole:
+        for page in self._ask(logql.of(wanted, self._run_id), start, newest_first=newest_first):
+            for record in page:
                 if record.time_unix_nano != moment:
                     moment, here = record.time_unix_nano, set()
                 key = _key(record)
                 if key not in here and (wanted.grep is None or wanted.grep.search(record.body)):
                     yield record
                 here.add(key)
-            if not full:
-                return
+
+    def _ask(self, query: str, low: int, *, newest_first: bool) -> Iterator[list[Record]]:
+        """Pages of [low, now), each of whole nanoseconds.
+
+        After the first, only as much time is asked for as two pages are likely to need: to answer, Loki looks through all
+        that it holds in memory of the time that is asked for, however few entries are wanted.
+        """
+        high = time.time_ns() + _AHEAD_NS
+        limit, span = PAGE, high - low
+        while low < high:
+            first, end = (max(low, high - span), high) if newest_first else (low, min(high, low + span))
+            page = self._loki.entries(query, first, end, limit, newest_first=newest_first)
+            if len(page) < limit:
+                yield page
+                low, high = (low, first) if newest_first else (end, high)
+                limit, span = PAGE, span * _GROWTH
+                continue
+            last = page[-1].time_unix_nano
+            whole = [record for record in page if record.time_unix_nano != last]
+            yield whole
             limit = PAGE if whole else limit * 2  # a page of one nanosecond alone: a larger one
-            if newest_first:
-                end = last + 1
-            else:
-                start = last
+            span = max(2 * abs(last - page[0].time_unix_nano), 1)
+            low, high = (low, last + 1) if newest_first else (last, high)
 
 
 def _key(record: Record) -> tuple[int, str, str]:
