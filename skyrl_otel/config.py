@@ -90,6 +90,9 @@ class Config:
     allow_tmpfs: bool
     launched: bool
     terminal_fd: int | None
+    echo: str
+    levels: Mapping[str, int]
+    settings_file: str
     user_hook: str
     raise_errors: bool
     problems: tuple[str, ...]
@@ -269,6 +272,23 @@ def _globs(text: str) -> tuple[str, ...]:
 RUN_ID_PATTERN = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,80}")
 
 
+_LEVELS = {"TRACE": 5, "DEBUG": 10, "INFO": 20, "SUCCESS": 25, "WARN": 30, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+
+
+def _levels(text: str) -> dict[str, int]:
+    """`vllm=INFO,ray=WARNING`; an item without a name is for all other loggers."""
+    levels = {}
+    for item in _globs(text):
+        name, _, level = item.rpartition("=")
+        number = _LEVELS.get(level.strip().upper(), -1)
+        if level.strip().isdigit():
+            number = int(level)
+        if number < 0:
+            raise ValueError(f"has the level {level.strip()!r}; write for example vllm=INFO,ray=WARNING")
+        levels[name.strip()] = number
+    return levels
+
+
 def _run_id(text: str) -> str:
     if not RUN_ID_PATTERN.fullmatch(text):
         raise ValueError("is no run id; use 1 to 80 letters, digits, '.', '_' or '-', not a dot first")
@@ -329,6 +349,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "terminal_fd", ("SKYRL_OTEL_TERMINAL_FD",), None, "set by `skyrl-otel run`: shown, not recorded", _descriptor
     ),
+    Variable("echo", ("SKYRL_OTEL_ECHO",), "", "set by `skyrl-otel run`: how console echoes are marked for it"),
+    Variable("levels", ("SKYRL_OTEL_LEVELS",), {}, "lowest level recorded, logger=LEVEL,… (vllm=INFO)", _levels),
+    Variable("settings_file", ("SKYRL_OTEL_CONFIG",), "", "TOML file with routes and redaction rules"),
     Variable("user_hook", ("SKYRL_OTEL_USER_HOOK",), "", "set by us: the job's own setup hook, called after ours"),
     Variable("raise_errors", ("SKYRL_OTEL_RAISE",), False, "1: our own errors raise (for tests)", _flag),
 )

@@ -6,7 +6,7 @@ Concatenation of precomputed pieces; the test suite reads the result back with t
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 Value = str | bool | int | float | bytes
 
@@ -64,6 +64,62 @@ def scope(name: str) -> bytes:
 def attributes(values: Mapping[str, Value]) -> bytes:
     """The attributes of a LogRecord, as its repeated field."""
     return b"".join(field(b"\x32", key_value(key, value)) for key, value in values.items())
+
+
+_UID_KEY = field(b"\x0a", b"log.record.uid")
+
+
+def uid_attribute(uid: bytes) -> bytes:
+    """The attribute `log.record.uid`: a fixed key, one length byte as long as the uid is below 101 bytes."""
+    size = len(uid)
+    if size > 100:
+        return attributes({"log.record.uid": uid.decode()})
+    inner = _UID_KEY + b"\x12%c\x0a%c%b" % (size + 2, size, uid)
+    return b"\x32%c%b" % (len(inner), inner)
+
+
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at `position` and the position behind it. Raises IndexError where the bytes end before it does."""
+    byte = data[position]
+    if byte < 0x80:
+        return byte, position + 1
+    value, shift = byte & 0x7F, 7
+    while True:
+        position += 1
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position + 1
+        shift += 7
+
+
+def fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(tag, start, end) of each field between; start and end enclose its content. Raises IndexError for what is cut."""
+    while position < end:
+        tag, position = read_varint(data, position)
+        kind = tag & 7
+        if kind == 2:
+            size, position = read_varint(data, position)
+            yield tag, position, position + size
+            position += size
+        elif kind == 0:
+            start = position
+            _, position = read_varint(data, position)
+            yield tag, start, position
+        else:
+            size = 8 if kind == 1 else 4
+            yield tag, position, position + size
+            position += size
+
+
+def body_of(record: bytes) -> str:
+    """The text of a LogRecord's body; "" where it is none."""
+    for tag, start, end in fields(record, 0, len(record)):
+        if tag == 0x2A:
+            for inner, at, stop in fields(record, start, end):
+                if inner == 0x0A:
+                    return record[at:stop].decode("utf-8", "replace")
+    return ""
 
 
 def text_record(time_unix_nano: int, body: bytes, encoded_attributes: bytes) -> bytes:

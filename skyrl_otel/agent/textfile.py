@@ -59,11 +59,12 @@ Decide = Callable[[str, int, int, str, object], Decision]
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Records of one file under one identity, and the move of `sent` they stand for."""
+    """Records of one file under one identity and one encoded scope."""
 
     identity_seq: int
     records: tuple[bytes, ...]
     size: int
+    scope: bytes = TEXT_SCOPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +344,9 @@ class TextFile:
             self.losses.append(decision)
         return decision
 
+    def note_echo(self, dev: int, ino: int, start: int, end: int) -> None:
+        """[start, end) is the console echo of a record."""
+
     # -- identity ------------------------------------------------------------------------------------------------------
 
     def assign(self, identity_seq: int, size: int) -> None:
@@ -442,9 +446,8 @@ class TextFile:
                 index += 1
             while marks[mark].offset < piece.end:
                 mark += 1
-            # KeyValue("log.record.uid", string): fixed key, one length byte as long as the uid is below 126 bytes.
             uid = f"{prefix}{piece.start}-{piece.end}".encode()
-            attributes = stream + _uid(uid)
+            attributes = stream + otlp.uid_attribute(uid)
             if piece.part >= 0:
                 attributes += otlp.attributes({"skyrl.part": piece.part})
                 if piece.last:
@@ -556,17 +559,6 @@ def _first_data(descriptor: int) -> int:
         return os.lseek(descriptor, 0, os.SEEK_DATA) // _BLOCK * _BLOCK
     except OSError:  # ENXIO: no data at all
         return 0
-
-
-_UID_KEY = otlp.field(b"\x0a", b"log.record.uid")
-
-
-def _uid(uid: bytes) -> bytes:
-    size = len(uid)
-    if size > 100:
-        return otlp.attributes({"log.record.uid": uid.decode()})
-    inner = _UID_KEY + b"\x12%c\x0a%c%b" % (size + 2, size, uid)
-    return b"\x32%c%b" % (len(inner), inner)
 
 
 def _shown(body: bytes) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_otel.agent import ending, otlp
+from skyrl_otel.agent.framefile import FrameFile, Note
 from skyrl_otel.agent.identify import event_attributes, resource_attributes
 from skyrl_otel.agent.moments import Moments
 from skyrl_otel.agent.textfile import TextFile
@@ -166,12 +167,15 @@ class Writer:
     def _names(self) -> list[str]:
         follow = self._facts.get("follow")
         if isinstance(follow, dict):
-            return [name for name in ("out", "err") if name in follow]
-        return [name for name in ("out", "err") if name in self.files or (self.folder / name).exists()]
+            return [*(name for name in ("out", "err") if name in follow), "records"]
+        return [*(name for name in ("out", "err") if name in self.files or (self.folder / name).exists()), "records"]
 
     def _add_file(self, name: str) -> None:
         follow = self._facts.get("follow")
-        if isinstance(follow, dict):
+        file: TextFile
+        if name == "records":
+            file = FrameFile(self.writer_id, self.folder, self.decide, self._take_note)
+        elif isinstance(follow, dict):
             fields = follow[name]
             inode = (int(fields["dev"]), int(fields["ino"])) if "ino" in fields else None
             file = TextFile(
@@ -189,6 +193,11 @@ class Writer:
             file = TextFile(self.writer_id, name, self.folder / name, self.decide, moments=self._moments)
         file.held = True
         self.files[name] = file
+
+    def _take_note(self, note: Note) -> None:
+        file = self.files.get(note.name)
+        if file is not None:
+            file.note_echo(note.dev, note.ino, note.start, note.end)
 
     def _release_held(self, now: int) -> None:
         awaits = self._awaits()
@@ -327,9 +336,9 @@ class Writer:
         value = decision.value
         uid = {"log.record.uid": f"{self.writer_id}/decisions/0/{decision.seq}-{decision.seq + 1}"}
         if decision.kind == "loss":
-            stream = {"out": "stdout", "err": "stderr"}[decision.file]
+            stream = {"out": "stdout", "err": "stderr"}.get(decision.file, decision.file)
             attributes: dict[str, otlp.Value] = {
-                "log.iostream": stream,
+                **({} if decision.file == "records" else {"log.iostream": stream}),
                 "skyrl.lost.bytes": value["bytes"],
                 "skyrl.lost.reason": value["why"],
             }

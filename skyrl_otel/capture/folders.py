@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from skyrl_otel.capture import fds
 from skyrl_otel.capture.fds import Place
-from skyrl_otel.spool import identity
 from skyrl_otel.spool.layout import RunDir
 from skyrl_otel.spool.writer import WriterFolder
 
@@ -45,6 +45,7 @@ class FollowedFolder(WriterFolder):
                 "ino": found.ino,
                 "offset": offset,
                 "skip_markers": skip_markers,
+                "echoes": True,
             }
             for name, (found, offset) in places.items()
         }
@@ -53,11 +54,10 @@ class FollowedFolder(WriterFolder):
         folder._places = {name: found for name, (found, _) in places.items()}
         return folder
 
-    def publish(self, changes: Mapping[str, Any]) -> None:
-        with self._lock:
-            line = identity.IdentityLine(self._seq, self._sizes(), changes)
-            os.write(self._identity_fd, identity.encode(line))
-            self._seq += 1
+    def descriptors(self) -> list[int]:
+        """Those of 1 and 2 that write to a file followed here."""
+        followed = {(found.dev, found.ino) for found in self._places.values()}
+        return [number for number in (fds.STDOUT, fds.STDERR) if fds.file_of(number) in followed]
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
         sizes = {}

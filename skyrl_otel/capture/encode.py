@@ -1,0 +1,255 @@
+"""What a Python program says in a record, as the bytes of one OTLP `ScopeLogs`: `opentelemetry/proto/logs/v1/logs.proto`.
+
+Made by concatenation, because it runs inside every log call of a training process. The parts that all records of a place
+in the source share, and those that all records of a thread share, are encoded once; `handler.py` keeps them.
+Whatever a value is, it becomes something: nothing here raises, and a lone surrogate becomes a question mark.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+_fixed64 = struct.Struct("<Q").pack
+_double = struct.Struct("<d").pack
+
+MESSAGE_BYTES = 16 << 20
+"""A longer message is cut, and says so: a frame holds 64 MB, and no receiver takes a record of that size."""
+
+_TEXT_BYTES = 1 << 20
+_DEPTH = 8
+_ITEMS = 1000
+_BUDGET = 20_000
+
+
+def varint(value: int) -> bytes:
+    """Base-128, least significant group first; negative numbers as 64-bit two's complement."""
+    if value < 0:
+        value += 1 << 64
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def field(key: bytes, payload: bytes) -> bytes:
+    """A length-delimited field; `key` is the encoded tag."""
+    return key + varint(len(payload)) + payload
+
+
+def _body_prefix(size: int) -> bytes:
+    return b"\x2a" + varint(1 + len(varint(size)) + size) + b"\x0a" + varint(size)
+
+
+# By length: what precedes a body's text in a LogRecord, and a LogRecord in a ScopeLogs. Most records are short.
+BODY_PREFIXES = [_body_prefix(size) for size in range(1024)]
+RECORD_PREFIXES = [b"\x12" + varint(size) for size in range(2048)]
+
+
+def body(text: str) -> bytes:
+    """LogRecord.body; long texts are cut."""
+    data = text.encode("utf-8", "replace")
+    size = len(data)
+    if size < 1024:
+        return BODY_PREFIXES[size] + data
+    if size > MESSAGE_BYTES:
+        data = data[:MESSAGE_BYTES].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % size
+    return _body_prefix(len(data)) + data
+
+
+def scope(name: str) -> bytes:
+    """ScopeLogs.scope."""
+    return field(b"\x0a", field(b"\x0a", name.encode("utf-8", "replace")))
+
+
+def severity(level: int, name: str) -> bytes:
+    """LogRecord.severity_number and severity_text of a `logging` or loguru level.
+
+    As OpenTelemetry's own bridge maps `logging` levels (sdk/_logs, std_to_otel); below DEBUG it has nothing, here is TRACE.
+    """
+    if level < 10:
+        number = 1 if level > 0 else 0
+    elif level >= 50:
+        number = min(21 + level - 50, 24)
+    else:
+        number = 5 + (level // 10 - 1) * 4 + min(level % 10, 3)
+    text = field(b"\x1a", name.encode("utf-8", "replace")) if name else b""
+    return (b"\x10" + varint(number) if number else b"") + text
+
+
+def attribute(key: str, value: Any) -> bytes:
+    """One of LogRecord.attributes, of any value there is."""
+    encoded = _Values().encode(value, 0)
+    return field(b"\x32", field(b"\x0a", key.encode("utf-8", "replace")) + field(b"\x12", encoded))
+
+
+def attributes(values: Iterable[tuple[Any, Any]]) -> bytes:
+    """All of them; a key that is no string becomes one."""
+    encoder = _Values()
+    parts = []
+    for key, value in values:
+        name = key if type(key) is str else shown(key)
+        encoded = encoder.encode(value, 0)
+        parts.append(field(b"\x32", field(b"\x0a", name.encode("utf-8", "replace")) + field(b"\x12", encoded)))
+    return b"".join(parts)
+
+
+def code(path: str, line: int, function: str) -> bytes:
+    """Where in the source: OTel semantic conventions, "code" (stable since 1.33)."""
+    return b"".join(
+        (
+            attribute("code.file.path", path),
+            attribute("code.line.number", line),
+            attribute("code.function.name", function),
+        )
+    )
+
+
+def thread(ident: int | None, name: str | None) -> bytes:
+    """Which thread: OTel semantic conventions, "thread"."""
+    return (attribute("thread.id", ident) if ident is not None else b"") + (
+        attribute("thread.name", name) if name else b""
+    )
+
+
+def exception(kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bytes:
+    """What was raised: OTel semantic conventions, "exception"."""
+    if kind is None and error is None:
+        return b""
+    kind = type(error) if kind is None and error is not None else kind
+    module = getattr(kind, "__module__", "")
+    name = getattr(kind, "__qualname__", None) or shown(kind)
+    try:
+        lines = "".join(traceback.format_exception(kind, error, trace))
+    except Exception as failure:
+        lines = f"(its trace could not be formatted: {type(failure).__name__})"
+    return b"".join(
+        (
+            attribute("exception.type", name if module in ("builtins", "__main__", None) else f"{module}.{name}"),
+            attribute("exception.message", shown(error, str)),
+            attribute("exception.stacktrace", lines),
+        )
+    )
+
+
+def span(trace_id: int, span_id: int, flags: int) -> bytes:
+    """LogRecord.flags, trace_id and span_id."""
+    return (
+        b"\x45"
+        + struct.pack("<I", flags)
+        + b"\x4a\x10"
+        + trace_id.to_bytes(16, "big")
+        + b"\x52\x08"
+        + span_id.to_bytes(8, "big")
+    )
+
+
+_showing = threading.local()
+
+
+def shown(value: Any, how: Callable[[Any], str] = repr) -> str:
+    """`repr` of a value, or what can be said of one that has none. A repr that logs a value whose repr logs ends here."""
+    depth = getattr(_showing, "depth", 0)
+    if depth >= 2:
+        return f"<{type(value).__name__}>"
+    _showing.depth = depth + 1
+    try:
+        text = how(value)
+        return text if type(text) is str else str.__str__(text)
+    except Exception as error:
+        return f"<{type(value).__name__}: {type(error).__name__} when shown>"
+    finally:
+        _showing.depth = depth
+
+
+class _Values:
+    """AnyValue of anything. One for each record: it bounds what all its attributes take together."""
+
+    __slots__ = ("_left", "_open")
+
+    def __init__(self) -> None:
+        self._left = _BUDGET
+        self._open: set[int] = set()
+
+    def encode(self, value: Any, depth: int) -> bytes:
+        kind = type(value)
+        if kind is str:
+            return _text(value)
+        if kind is bool:
+            return b"\x10\x01" if value else b"\x10\x00"
+        if kind is int:
+            return b"\x18" + varint(value) if -(1 << 63) <= value < 1 << 63 else _text(_big(value))
+        if kind is float:
+            return b"\x21" + _double(value)
+        if value is None:
+            return b""
+        self._left -= 1
+        if depth >= _DEPTH or self._left <= 0 or id(value) in self._open:
+            return _text(f"<{kind.__name__}>")
+        self._open.add(id(value))
+        try:
+            return self._other(value, depth)
+        except Exception as error:
+            return _text(f"<{kind.__name__}: {type(error).__name__} when read>")
+        finally:
+            self._open.discard(id(value))
+
+    def _other(self, value: Any, depth: int) -> bytes:
+        if isinstance(value, bytes | bytearray | memoryview):
+            return field(b"\x3a", bytes(value)[:_TEXT_BYTES])
+        if isinstance(value, Mapping):
+            return field(b"\x32", self._pairs(value, depth))
+        if isinstance(value, list | tuple | set | frozenset):
+            return field(b"\x2a", self._items(value, depth))
+        # A subclass of a plain type (an enum, a numpy float) counts as what it is; tensors and the rest as they show themselves.
+        if isinstance(value, int | float | str):
+            return self.encode(_plain(value), depth + 1)
+        return _text(shown(value))
+
+    def _items(self, values: Iterable[Any], depth: int) -> bytes:
+        parts = []
+        for number, item in enumerate(list(values)):
+            if number >= _ITEMS:
+                parts.append(field(b"\x0a", _text("…")))
+                break
+            parts.append(field(b"\x0a", self.encode(item, depth + 1)))
+        return b"".join(parts)
+
+    def _pairs(self, values: Mapping[Any, Any], depth: int) -> bytes:
+        parts = []
+        for number, (key, item) in enumerate(list(values.items())):
+            name = key if type(key) is str else shown(key, str)
+            if number >= _ITEMS:
+                parts.append(field(b"\x0a", field(b"\x0a", "…".encode())))
+                break
+            pair = field(b"\x0a", name.encode("utf-8", "replace")) + field(b"\x12", self.encode(item, depth + 1))
+            parts.append(field(b"\x0a", pair))
+        return b"".join(parts)
+
+
+def _plain(value: str | int | float) -> str | int | float:
+    """Without the subclass, and without asking what it overrides."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return int.__pos__(value) if isinstance(value, int) else float.__pos__(value)
+
+
+def _big(value: int) -> str:
+    try:
+        return str(value)
+    except ValueError:  # sys.set_int_max_str_digits
+        return hex(value)
+
+
+def _text(value: str) -> bytes:
+    data = value.encode("utf-8", "replace")
+    if len(data) > _TEXT_BYTES:
+        data = data[:_TEXT_BYTES].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % len(data)
+    return field(b"\x0a", data)

@@ -1,0 +1,145 @@
+"""Any record, our bytes, the official protobuf classes: the same record."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skyrl_otel.capture import encode
+from skyrl_otel.capture.levels import Levels
+from skyrl_otel.capture.records import Records
+from skyrl_otel.capture.taker import STANDARD, make_take
+from skyrl_otel.spool import frames
+from tests.capture.frames import Taken, decode
+
+any_text = st.text(st.characters(codec=None))  # lone surrogates too
+leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), any_text, st.binary())
+keys = any_text.filter(lambda key: key not in STANDARD and key != "extra")
+values = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(any_text, inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+    ),
+    max_leaves=20,
+)
+
+
+def clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def expected(value: Any) -> Any:
+    """What arrives of a value."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, bool) or value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, int):
+        return value if -(1 << 63) <= value < 1 << 63 else str(value)
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else value
+    if isinstance(value, dict):
+        return {clean(key): expected(item) for key, item in value.items()}
+    return [expected(item) for item in value]
+
+
+def nan_as_text(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    if isinstance(value, list):
+        return [nan_as_text(item) for item in value]
+    return {key: nan_as_text(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class Caught(Records):
+    """Keeps frames instead of writing them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None)
+        self.frames: list[bytes] = []
+
+    def rescue(self, frame: bytes, error: OSError | None) -> bool:  # fd -1: every frame comes here
+        self.frames.append(frame)
+        return True
+
+
+def through(record: logging.LogRecord) -> Taken:
+    caught = Caught()
+    assert make_take(caught, Levels({}))(record)
+    [frame] = frames.scan(caught.frames[0])
+    assert isinstance(frame, frames.Frame)
+    return decode(frame.payload)
+
+
+@settings(deadline=None)
+@given(
+    name=any_text,
+    level=st.integers(0, 70),
+    message=any_text,
+    path=any_text,
+    line=st.integers(0, 1 << 40),
+    function=any_text,
+    extra=st.dictionaries(keys, values, max_size=5),
+    created=st.floats(0, 1.7e9),
+)
+def test_a_record_comes_back(
+    name: str, level: int, message: str, path: str, line: int, function: str, extra: dict[str, Any], created: float
+) -> None:
+    record = logging.LogRecord(name, level, path, line, message, (), None, function)
+    record.__dict__.update(extra)
+    record.created = created
+    got = through(record)
+    assert (got.scope, got.body, got.level) == (clean(name), clean(message), clean(logging.getLevelName(level)))
+    assert 0 <= got.severity <= 24
+    assert got.raw.time_unix_nano == int(created * 1e9) and got.raw.observed_time_unix_nano > 1e18
+    attributes = dict(got.attributes)
+    assert attributes.pop("code.file.path") == clean(path) and attributes.pop("code.line.number") == line
+    assert attributes.pop("code.function.name") == clean(function)
+    assert attributes.pop("thread.id") == record.thread and attributes.pop("thread.name") == record.threadName
+    # Keys that differ in a lone surrogate alone become one; the last stands.
+    assert nan_as_text(attributes) == {clean(key): expected(value) for key, value in extra.items()}
+
+
+def test_levels_are_opentelemetrys() -> None:
+    numbers = {}
+    for level in (5, 10, 11, 15, 20, 25, 30, 39, 40, 50, 51, 60):
+        numbers[level] = decode(b"\x0a\x00\x12" + encode.field(b"", encode.severity(level, "L"))).severity
+    assert numbers == {5: 1, 10: 5, 11: 6, 15: 8, 20: 9, 25: 12, 30: 13, 39: 16, 40: 17, 50: 21, 51: 22, 60: 24}
+
+
+def test_what_is_huge_is_bounded() -> None:
+    deep: Any = []
+    for _ in range(100):
+        deep = [deep]
+    wide = [list(range(500)) for _ in range(500)]
+    record = logging.LogRecord("n", 20, "p", 1, "x" * (40 << 20), (), None, "f")
+    record.__dict__.update(deep=deep, wide=wide, text="y" * (5 << 20))
+    got = through(record)
+    assert got.body.endswith(f" [cut: {40 << 20} bytes]") and len(got.body) < 17 << 20
+    assert len(got.attributes["text"]) < 2 << 20 and "<list>" in str(got.attributes["deep"])
+    ten = "z" * (10 << 20)
+    assert through(logging.LogRecord("n", 20, "p", 1, ten, (), None, "f")).body == ten
+
+
+def test_subclasses_count_as_what_they_are_and_mappings_need_no_dict() -> None:
+    import enum
+    from collections import OrderedDict
+    from types import MappingProxyType
+
+    class Word(str):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    class Kind(enum.IntEnum):
+        ONE = 1
+
+    record = logging.LogRecord("n", 20, "p", 1, "m", (), None, "f")
+    record.__dict__.update(w=Word("word"), k=Kind.ONE, o=OrderedDict(a=1), p=MappingProxyType({1: 2}), t=int)
+    got = through(record).attributes
+    assert (got["w"], got["k"], got["o"], got["p"], got["t"]) == ("word", 1, {"a": 1}, {"1": 2}, "<class 'int'>")
