@@ -65,6 +65,23 @@ def place_of(path: str) -> Place | None:
     return Place(path, found.st_dev, found.st_ino, found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
+def file_of(descriptor: int) -> tuple[int, int] | None:
+    """(device, inode) behind a descriptor; None for a closed one."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def marked(echo: str) -> tuple[bytes, list[int]]:
+    """What SKYRL_OTEL_ECHO (`nonce;dev:ino,…`) says: the nonce, and which of 1 and 2 lead to the launcher."""
+    nonce, _, streams = echo.partition(";")
+    launchers = set(streams.split(",")) if nonce else set()
+    found = [(number, file_of(number)) for number in (STDOUT, STDERR)]
+    return nonce.encode(), [number for number, file in found if file and f"{file[0]}:{file[1]}" in launchers]
+
+
 def redirect(targets: dict[int, int]) -> Saved:
     """Point each descriptor at another open one, all or none.
 

@@ -17,7 +17,10 @@ from types import ModuleType
 from typing import Any
 
 from skyrl_otel.capture import fds, guard, identity
+from skyrl_otel.capture.console import Mode
 from skyrl_otel.capture.folders import FollowedFolder
+from skyrl_otel.capture.handler import Recording, provide
+from skyrl_otel.capture.levels import Levels
 from skyrl_otel.capture.plan import Plan, Surroundings, plan
 from skyrl_otel.capture.stream import LineStream
 from skyrl_otel.capture.watch import Watch
@@ -31,6 +34,9 @@ AGENT_CHECK_S = 2.0
 # interpreter that long on a busy machine: sooner would tear its line.
 PARTIAL_TICK_S = 0.5
 IDLE_TICK_S = 0.1
+
+# Places at which our errors are told of in the identity, for `skyrl-otel doctor`.
+_OURS = ("console.", "handler.", "loguru.", "records.", "takeover.")
 
 # Frameworks that are looked after once they are imported: module, where our code for it lives.
 INTEGRATIONS = (("ray", "skyrl_otel.integrations.ray", "wrap_init"),)
@@ -50,6 +56,9 @@ class Runtime:
         self._saved: fds.Saved | None = None
         self._streams: dict[str, tuple[Any, LineStream]] = {}
         self._lock = threading.RLock()  # protects folder, _folders, _saved, _streams, facts
+        self.recording = Recording(self._place_of_records, Levels(config.levels))
+        self._records_of = ""
+        self._told: dict[str, Any] = {}
 
     def redirect(self, facts: Mapping[str, Any], last_words: Mapping[int, str] | None = None) -> WriterFolder:
         """Point fds 1 and 2 at a new folder of the spool.
@@ -99,6 +108,59 @@ class Runtime:
         self.folder = folder
         self._folders.append(folder)
         self.facts = dict(facts)
+        self._records_of = folder.writer_id
+        self.recording.records.use(folder)
+        self.recording.echo(*self._echo())
+
+    def _echo(self) -> tuple[dict[int, Mode], bytes]:
+        """What becomes of console echoes: by who records descriptors 1 and 2 now."""
+        if self._saved is not None:
+            return {fds.STDOUT: "skip", fds.STDERR: "skip"}, b""
+        if isinstance(self.folder, FollowedFolder):
+            return dict.fromkeys(self.folder.descriptors(), "note"), b""
+        nonce, marked = fds.marked(self.config.echo)
+        return dict.fromkeys(marked, "mark"), nonce
+
+    def _place_of_records(self) -> WriterFolder | None:
+        """A folder for records alone: of a forked child, whose output is its parent's, or in the place of one that is gone.
+
+        Raises OSError, SpoolRefused.
+        """
+        if not self._records_of:
+            return None
+        run = layout.open_run(self.config.spool_root, self.run.run_id)
+        left_out = ("follow", "goodbye", "awaits", "lost", "errors")
+        facts = {key: value for key, value in self.facts.items() if key not in left_out}
+        facts.update(pid=os.getpid(), parent=self._records_of, silent_end=True)
+        folder = WriterFolder.create(run, files=(), facts=facts)
+        self._records_of = folder.writer_id
+        return folder
+
+    def start_recording(self) -> None:
+        """Take the records of `logging` and loguru from now on."""
+        self.recording.start()
+        self.watch.add("records", self._look_after_records, AGENT_CHECK_S)
+
+    def _look_after_records(self) -> float | None:
+        records = self.recording.records
+        if records.is_removed():
+            records.start_anew()
+        self._tell_losses()
+        return AGENT_CHECK_S
+
+    def _tell_losses(self) -> None:
+        """Say in an identity line what could not be recorded, where that is news; the agent counts it, `doctor` shows it."""
+        records = self.recording.records
+        news: dict[str, Any] = {}
+        if records.lost:
+            why = records.lost.most_common(1)[0][0]
+            news["lost"] = {"records": sum(records.lost.values()), "bytes": records.lost_bytes, "why": why}
+        errors = {key: count for key, count in guard.counts.items() if key.startswith(_OURS) and ":" not in key}
+        if errors:
+            news["errors"] = errors
+        if news != self._told and records.folder is not None:
+            records.folder.publish(news)
+            self._told = news
 
     def publish(self, changes: Mapping[str, Any]) -> None:
         """Say something new about this process from here on. Raises OSError."""
@@ -169,6 +231,9 @@ class Runtime:
         """Put fds and streams back and let the folders go."""
         with self._lock:
             self.watch.stop()
+            with guard.guarded("runtime.records"):
+                self._tell_losses()
+                self.recording.stop()
             with guard.guarded("runtime.streams"):
                 self._restore_streams()
             if self._saved is not None:
@@ -190,6 +255,8 @@ class Runtime:
             return
         self.watch.stop()
         fds.flush_buffers()
+        with guard.guarded("runtime.losses"):
+            self._tell_losses()
         # An uncaught exception leaves its type behind; sys.exit(3) leaves nothing that could be read here.
         code = 1 if getattr(sys, "last_type", None) is not None else None
         for folder in self._folders:
@@ -238,9 +305,31 @@ def start(config: Config, run_id: str) -> Runtime | None:
         if _runtime is None:
             atexit.register(_at_exit)
         _runtime = Runtime(config, run)
+        provide(_recording)
         if _is_alone(config):
             _start_collector(config, run)
         return _runtime
+
+
+def _recording() -> Recording | None:
+    return _runtime.recording if _runtime is not None else None
+
+
+@guard.never_raises
+def start_records() -> None:
+    """For `OTelLogHandler` without `attach()`: a place for records, nothing else."""
+    with _lock:
+        config = Config.from_env()
+        if current() is not None or config.disabled or config.capture == "off":
+            return
+        run_id = identity.run_id(config)
+        running = start(config, run_id)
+        if running is None:
+            return
+        os.environ["SKYRL_OTEL_RUN_ID"] = run_id
+        running.records_only({**identity.process_facts(config), "channel": "progress", **identity.rank_facts()})
+        _bring_shipping(config, running)
+        running.look_after()
 
 
 def _is_alone(config: Config) -> bool:
@@ -329,14 +418,20 @@ def _attach_process(config: Config, stated: identity.Facts) -> None:
         return
     if sentence:
         guard.say(sentence)
-    if not config.launched:
-        from skyrl_otel.spool import token
-
-        with guard.guarded("runtime.shipping"):
-            shipping = token.from_config(config)
-            if shipping is not None:
-                token.write(running.run, shipping)
+    _bring_shipping(config, running)
+    running.start_recording()
     running.look_after()
+
+
+def _bring_shipping(config: Config, running: Runtime) -> None:
+    if config.launched:
+        return
+    from skyrl_otel.spool import token
+
+    with guard.guarded("runtime.shipping"):
+        shipping = token.from_config(config)
+        if shipping is not None:
+            token.write(running.run, shipping)
 
 
 def _capture(running: Runtime, what: Plan, facts: identity.Facts) -> None:
@@ -402,6 +497,8 @@ def _in_child() -> None:
     _lock = threading.RLock()
     if _runtime is not None:
         _runtime._lock = threading.RLock()
+        with guard.guarded("runtime.records_of_child"):
+            _runtime.recording.records.after_fork()
 
 
 os.register_at_fork(after_in_child=_in_child)

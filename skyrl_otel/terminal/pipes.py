@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from skyrl_otel.spool.marks import Unmarker
 from skyrl_otel.terminal import pty
 from skyrl_otel.terminal.screen import Screen
 
@@ -93,7 +94,7 @@ class Pump(threading.Thread):
     `lost_bytes` counts what the spool did not take (a full disk); the user saw those all the same.
     """
 
-    def __init__(self, stream: Stream, spool_fd: int, on_loss: Callable[[OSError], None]) -> None:
+    def __init__(self, stream: Stream, spool_fd: int, on_loss: Callable[[OSError], None], nonce: str) -> None:
         super().__init__(name=f"skyrl-otel-{stream.name}", daemon=True)
         self.stream = stream
         self.lost_bytes = 0
@@ -104,6 +105,7 @@ class Pump(threading.Thread):
         self._wake = os.eventfd(0)
         self._ended_at = 0.0
         self._owed = 0
+        self._unmarker = Unmarker(nonce.encode())
         # Held from a read until its bytes are recorded and counted, so that `salvage` cannot come between and `settle`
         # sees them either unread or counted.
         self._reading = threading.Lock()
@@ -120,13 +122,13 @@ class Pump(threading.Thread):
                 return
             if self.stream.ours not in ready:
                 continue
-            data = self._read_and_record()
-            if not data:
-                return
-            if not self.stream.screen.print(data):
+            data, size = self._read_and_record()
+            if data and not self.stream.screen.print(data):
                 self._hang_up()
                 return
-            self._carried_bytes += len(data)
+            if not size:
+                return
+            self._carried_bytes += size
 
     def end(self) -> None:
         """The child is gone: carry what it left, then stop at the end of file or at silence."""
@@ -151,16 +153,24 @@ class Pump(threading.Thread):
     def _is_over(self) -> bool:
         return bool(self._ended_at) and self._owed <= 0 and time.monotonic() - self._ended_at > _PATIENCE_S
 
-    def _read_and_record(self) -> bytes:
+    def _read_and_record(self) -> tuple[bytes, int]:
+        """What is to be shown, and how many bytes were read: 0 at the end. The echo of records is shown, not recorded."""
         with self._reading:
             try:
                 data = os.read(self.stream.ours, _CHUNK)
             except OSError:  # EIO: nobody holds the pty's other end any more
-                return b""
+                data = b""
+            if not data:
+                rest = self._unmarker.rest()
+                self._record(rest)
+                return rest, 0
             self._owed -= len(data)
             self._read_bytes += len(data)
-            self._record(data)
-            return data
+            pieces = self._unmarker.feed(data)
+            for piece, is_recorded in pieces:
+                if is_recorded:
+                    self._record(piece)
+            return b"".join(piece for piece, _ in pieces), len(data)
 
     def _record(self, data: bytes) -> None:
         view = memoryview(data)
@@ -182,10 +192,10 @@ class Pump(threading.Thread):
         left = max(_unread(self.stream.ours), 1)
         os.set_blocking(self.stream.ours, False)
         while left > 0:
-            data = self._read_and_record()
-            if not data:
+            _, size = self._read_and_record()
+            if not size:
                 return
-            left -= len(data)
+            left -= size
 
 
 def _unread(fd: int) -> int:

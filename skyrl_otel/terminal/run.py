@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from skyrl_otel.capture import identity
 from skyrl_otel.capture.launch import ensure_agent
 from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
-from skyrl_otel.spool import layout, library, locks, token
+from skyrl_otel.spool import layout, library, locks, marks, token
 from skyrl_otel.spool.layout import RunDir, SpoolRefused
 from skyrl_otel.spool.writer import WriterFolder
 from skyrl_otel.terminal import child, pty, signals
@@ -160,15 +161,20 @@ class _Launch:
     def run(self, path: str) -> int:
         """Start the command and see it through. Raises CommandError."""
         inlet = Inlet()
+        nonce = secrets.token_hex(marks.NONCE_BYTES // 2)
         mask, wanted = signals.block()
         outputs = [(stream.childs, fd) for stream in self.streams for fd in stream.replaces]
         pid = child.spawn(
-            path, self.argv, self._environ(inlet.number), outputs=[*outputs, (inlet.childs, inlet.number)], mask=mask
+            path,
+            self.argv,
+            self._environ(inlet.number, nonce),
+            outputs=[*outputs, (inlet.childs, inlet.number)],
+            mask=mask,
         )
         for fd in (inlet.childs, *(stream.childs for stream in self.streams)):
             os.close(fd)
         self._publish({"pid": pid})
-        pumps = [Pump(stream, self.writer.fds[stream.name], self._on_loss) for stream in self.streams]
+        pumps = [Pump(stream, self.writer.fds[stream.name], self._on_loss, nonce) for stream in self.streams]
         inlet.show_beside(next((pump for pump in pumps if 1 in pump.stream.replaces), None))
         watcher = signals.Signals(pid, wanted, self._copy_window_size)
         collector = self._collector(mask)
@@ -211,12 +217,14 @@ class _Launch:
         keeper.stop()
         return child.exit_like(status)
 
-    def _environ(self, terminal_fd: int) -> dict[str, str]:
+    def _environ(self, terminal_fd: int, nonce: str) -> dict[str, str]:
         environ = {key: value for key, value in os.environ.items() if key not in _SECRETS or not self.config.endpoint}
         environ["SKYRL_OTEL_RUN_ID"] = self.run_dir.run_id
         environ["SKYRL_OTEL_LAUNCHER"] = "1"
         environ[_LAUNCHER_PID] = str(os.getpid())
         environ["SKYRL_OTEL_TERMINAL_FD"] = str(terminal_fd)
+        files = [os.fstat(stream.childs) for stream in self.streams]
+        environ["SKYRL_OTEL_ECHO"] = nonce + ";" + ",".join(f"{file.st_dev}:{file.st_ino}" for file in files)
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(self.lib), environ.get("PYTHONPATH"))))
         return environ
 

@@ -19,7 +19,7 @@ from skyrl_otel.config import Config
 
 POINTER = "skyrl-otel: output of this actor is recorded"
 # A raylet that was started under `skyrl-otel run` hands these on; they are about another process's terminal.
-_NOT_FOR_WORKERS = ("SKYRL_OTEL_LAUNCHER", "SKYRL_OTEL_TERMINAL_FD")
+_NOT_FOR_WORKERS = ("SKYRL_OTEL_LAUNCHER", "SKYRL_OTEL_TERMINAL_FD", "SKYRL_OTEL_ECHO")
 _ACTOR, _TASK, _JOB = ":actor_name:", ":task_name:", ":job_id:"
 
 # After so many changes of task a worker stops saying which one it runs: identity files must not grow without bound.
@@ -96,6 +96,7 @@ def _follow_streams(running: Runtime) -> None:
         running.follow(places, facts, skip_markers=True)
     else:
         running.records_only(facts)
+    running.start_recording()
     running.watch.add("rest", Rest(running))
 
 

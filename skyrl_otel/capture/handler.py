@@ -1,0 +1,95 @@
+"""`OTelLogHandler`, and the one place where records, takeover, loguru and console are put together for a process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+from skyrl_otel.capture import guard, takeover
+from skyrl_otel.capture.console import Console, Mode
+from skyrl_otel.capture.levels import Levels
+from skyrl_otel.capture.records import Place, Records
+from skyrl_otel.capture.taker import Take, make_take
+
+
+class Recording:
+    """All that takes records in this process. One per runtime."""
+
+    def __init__(self, place: Place, levels: Levels) -> None:
+        self.records = Records(place)
+        self.console = Console(self.records)
+        self.take: Take = make_take(self.records, levels)
+        self._levels = levels
+
+    def start(self) -> None:
+        """Take every record from now on."""
+        takeover.install(self.take, self.console)
+        from skyrl_otel.capture.postimport import after_import
+
+        after_import("loguru", self._tap)
+
+    def _tap(self, _: ModuleType) -> None:
+        from skyrl_otel.capture import loguru_tap
+
+        loguru_tap.install(self.records, self._levels, self.console)
+
+    def stop(self) -> None:
+        """Give everything back."""
+        self.console.modes.clear()
+        takeover.remove()
+        import sys
+
+        tap = sys.modules.get("skyrl_otel.capture.loguru_tap")
+        if tap is not None:
+            tap.remove()
+        with guard.guarded("recording.stop"):
+            self.records.use(None)
+
+    def echo(self, modes: dict[int, Mode], nonce: bytes = b"") -> None:
+        """What becomes of the console's echo on descriptors 1 and 2 from now on."""
+        self.console.nonce = nonce
+        self.console.modes = dict(modes)
+
+    def losses(self) -> dict[str, int]:
+        """What could not be recorded here, by reason; empty where all was."""
+        return dict(self.records.lost)
+
+
+_current: Callable[[], Recording | None] = lambda: None  # noqa: E731
+
+
+def provide(current: Callable[[], Recording | None]) -> None:
+    """Where `OTelLogHandler` finds this process's recording. The runtime says it."""
+    global _current
+    _current = current
+
+
+class OTelLogHandler(logging.Handler):
+    """A standard handler whose records go to the spool, one frame each, with all they know.
+
+    `attach()` takes every record without it; then this one adds nothing and repeats nothing. It is for programs that want
+    the records of chosen loggers alone: it starts the recording (`SKYRL_OTEL_*` as ever) without taking over `logging`.
+
+    Args:
+        level: the lowest level it takes.
+    """
+
+    def __init__(self, level: int | str = logging.NOTSET) -> None:
+        super().__init__(level)
+        from skyrl_otel.capture import runtime
+
+        runtime.start_records()
+
+    def createLock(self) -> None:
+        """None: one record is one write(2), and a signal handler that logs must not wait for its own thread."""
+        self.lock = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record; never raises."""
+        if takeover.is_installed():
+            return
+        recording = _current()
+        if recording is not None and record.process in (None, os.getpid()):
+            recording.take(record)

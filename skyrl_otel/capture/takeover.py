@@ -1,0 +1,120 @@
+"""Every record of every `logging.Logger`, whatever the program does to handlers, levels of handlers and propagation.
+
+What it relies on: `Logger.handle` asks `self.filter(record)` before it calls any handler (CPython Lib/logging, 3.0 to 3.14),
+and `Logger` takes `filter` from `Filterer`. So `filter`, put on the class `Logger`, sees each record that has passed its
+logger's level and filters, also of loggers with `propagate = False`, without handlers, or made later. Nothing that a program
+configures replaces a class's attribute. `Handler.filter`, asked before a handler's `emit`, is the same for the console's echo.
+
+Not wrapped: `callHandlers`, `handle`, `emit`. Whoever passes `logging` on to loguru counts the frames between its `emit` and
+the log call (`depth=6`), or walks them while their file is `logging`'s; one frame of ours in between would change what the
+program prints. A filter has returned before the handlers are called.
+
+What a process pays: one Python call a record, and what `taker.py` does in it; one call for each handler that is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from skyrl_otel.capture import guard
+from skyrl_otel.capture.console import Console
+from skyrl_otel.capture.taker import Take
+
+_installed: dict[str, Any] = {}
+
+
+def is_installed() -> bool:
+    """Whether each record is taken already, before any handler sees it."""
+    return bool(_installed)
+
+
+def install(take: Take, console: Console) -> None:
+    """Take from now on. A second call changes nothing."""
+    if _installed:
+        return
+    _installed["logger"] = logging.Logger.__dict__.get("filter")
+    _installed["handler"] = logging.Handler.__dict__.get("filter")
+    _installed["last"] = logging._StderrHandler.__dict__.get("stream")  # type: ignore[attr-defined]
+    logger_filter = logging.Logger.filter
+    handler_filter = logging.Handler.filter
+    failed = guard.failed
+
+    def filter_of_logger(self: logging.Logger, record: logging.LogRecord, /) -> Any:
+        passed: Any = True
+        if self.filters or logger_filter is not plain:
+            passed = logger_filter(self, record)
+            if not passed:
+                return passed
+            if passed is not True and isinstance(passed, logging.LogRecord):  # since 3.12 a filter may replace it
+                record = passed
+        if "extra" in record.__dict__ and _is_loguru_s(record):
+            return passed
+        take(record)
+        return passed
+
+    def filter_of_handler(self: logging.Handler, record: logging.LogRecord, /) -> Any:
+        passed = handler_filter(self, record)
+        if passed and console.modes:
+            try:
+                fields = self.__dict__
+                stream = fields.get("stream")
+                if stream is not None:
+                    instead = console.stand_in(stream)
+                    if instead is None:
+                        return False
+                    if instead is not stream:
+                        self.stream = instead  # type: ignore[attr-defined]
+                elif "console" in fields:
+                    return passed if _rich(self, console) else False
+                elif type(self) is last_type and console.stand_in(sys.stderr) is None:
+                    return False
+            except Exception as error:
+                failed("takeover.console", error)
+        return passed
+
+    plain = logging.Filterer.filter
+    last_type = logging._StderrHandler  # type: ignore[attr-defined]
+    logging.Logger.filter = filter_of_logger  # type: ignore[method-assign, assignment]
+    logging.Handler.filter = filter_of_handler  # type: ignore[method-assign, assignment]
+    last_type.stream = property(lambda self: console.stand_in(sys.stderr) or sys.stderr)
+
+
+def remove() -> None:
+    """Put back what was there, unless somebody has put something over it."""
+    if not _installed:
+        return
+    for kind, key in ((logging.Logger, "logger"), (logging.Handler, "handler")):
+        if getattr(kind.filter, "__module__", "") == __name__:
+            if _installed[key] is None:
+                del kind.filter
+            else:
+                kind.filter = _installed[key]  # type: ignore[method-assign]
+    logging._StderrHandler.stream = _installed["last"]  # type: ignore[attr-defined]
+    _installed.clear()
+
+
+def _is_loguru_s(record: logging.LogRecord) -> bool:
+    """Whether loguru makes this record of one of its own, which we have: for a `logging.Handler` that is its sink."""
+    tap = sys.modules.get("skyrl_otel.capture.loguru_tap")
+    return tap is not None and tap.current_extra() is record.__dict__["extra"]
+
+
+def _rich(handler: Any, console: Console) -> bool:
+    """Point a handler like rich's at where echoes go; False where it should not be called. It writes by `console.file`."""
+    rich = handler.console
+    file = getattr(rich, "file", None)
+    if file is None:
+        return True
+    instead = console.stand_in(file)
+    if instead is None:
+        return False
+    if instead is not file and hasattr(rich, "_file"):
+        # A console of its own with everything else shared: others may print to this one.
+        kind: Any = type(rich)
+        own = kind.__new__(kind)
+        own.__dict__.update(rich.__dict__)
+        own._file = instead
+        handler.console = own
+    return True
