@@ -77,7 +77,7 @@ def through(record: logging.LogRecord) -> Taken:
     return decode(frame.payload)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(
     name=any_text,
     level=st.integers(0, 70),
