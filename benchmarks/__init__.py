@@ -19,4 +19,6 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("fd", "benchmarks.fd", "what a write to a captured fd costs next to a plain redirect"),
     Benchmark("attach", "benchmarks.attach", "what attaching adds to a worker's start"),
+    Benchmark("handler", "benchmarks.handler", "what a logging record costs next to files, loguru and the SDK"),
+    Benchmark("redact", "benchmarks.redact", "what redaction takes from the agent's throughput"),
 )

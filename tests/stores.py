@@ -10,6 +10,7 @@ from skyrl_otel.collector.committer import Committer
 from skyrl_otel.collector.decode import decode
 from skyrl_otel.collector.store import Store
 from skyrl_otel.collector.text import TextFile
+from skyrl_otel.collector.texts import Texts
 
 
 class LiveStore:
@@ -20,7 +21,7 @@ class LiveStore:
         self.path = path
         self._store = Store(path, run_id=run_id)
         self._texts = {name: TextFile(path.parent / f"{name}.log", 0) for name in ("infra", "progress")}
-        self._committer = Committer(self._store, self._texts, max_bytes=1 << 40, say=print)
+        self._committer = Committer(self._store, Texts(self._texts, path.parent, {}), max_bytes=1 << 40, say=print)
         self._committer.start()
 
     def add(self, *requests: ExportLogsServiceRequest) -> None:

@@ -42,19 +42,21 @@ class State:
     part: int = 0
     children: tuple[bytes, ...] = ()
     tears: bool = False
+    carry: bytes = b""  # of the open line, what `redact` must know of the part before
 
     def to_json(self) -> list[object] | None:
         if self == State():
             return None
-        return [self.part, [child.decode("latin-1") for child in self.children], self.tears]
+        children = [child.decode("latin-1") for child in self.children]
+        return [self.part, children, self.tears, self.carry.decode("latin-1")]
 
     @classmethod
     def from_json(cls, fields: list[object] | None) -> State:
         if fields is None:
             return cls()
-        part, children, tears = fields
-        assert isinstance(part, int) and isinstance(children, list)
-        return cls(part, tuple(child.encode("latin-1") for child in children), bool(tears))
+        part, children, tears, carry = fields
+        assert isinstance(part, int) and isinstance(children, list) and isinstance(carry, str)
+        return cls(part, tuple(child.encode("latin-1") for child in children), bool(tears), carry.encode("latin-1"))
 
 
 def split(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from skyrl_otel.agent import otlp
+from skyrl_otel.agent.redact import Redactor
 from skyrl_otel.agent.textfile import Decide, Move, Section, TextFile
 from skyrl_otel.spool import frames
 from skyrl_otel.spool.checkpoint import Position
@@ -41,8 +42,10 @@ class FrameFile(TextFile):
     `take_note` gets each echo note when it is first seen.
     """
 
-    def __init__(self, writer_id: str, folder: Path, decide: Decide, take_note: Callable[[Note], None]) -> None:
-        super().__init__(writer_id, "records", folder / "records.0", decide)
+    def __init__(
+        self, writer_id: str, folder: Path, decide: Decide, redactor: Redactor, take_note: Callable[[Note], None]
+    ) -> None:
+        super().__init__(writer_id, "records", folder / "records.0", decide, redactor=redactor)
         self._folder = folder
         self._take_note = take_note
         self._noted = 0
@@ -66,8 +69,8 @@ class FrameFile(TextFile):
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
-    def observe(self, now: int) -> bool:
-        grew = super().observe(now)
+    def observe(self, now: int, *, final: bool = False) -> bool:
+        grew = super().observe(now, final=final)
         if self._fd >= 0 and self._noted < self.seen:
             self._read_notes()
         while not grew and self._fd >= 0 and self._segment_path(1).exists():
@@ -76,7 +79,7 @@ class FrameFile(TextFile):
                 break
             if not self._next_segment():
                 break
-            grew = super().observe(now)
+            grew = super().observe(now, final=final)
         return grew
 
     def _segment_path(self, ahead: int) -> Path:
@@ -181,6 +184,7 @@ class FrameFile(TextFile):
         index = 0
         prefix = f"{self.writer_id}/{self.name}/{self.generation}/"
         records: list[bytes] = []
+        redact = self._redactor.record if self._redactor.awake(b"".join(frame.payload for frame in found)) else None
         current: tuple[int, bytes] | None = None
         size = 0
         for frame in found:
@@ -190,6 +194,8 @@ class FrameFile(TextFile):
             while index + 1 < len(starts) and starts[index + 1][0] <= frame.start:
                 index += 1
             scope, record = split
+            if redact is not None:
+                record = redact(record)
             if current != (starts[index][1], scope):
                 if current is not None:
                     sections.append(Section(current[0], tuple(records), size, current[1]))

@@ -164,6 +164,25 @@ class Redactor:
                 self._key_value(record, start, end, changed)
         return bytes(changed)
 
+    def field(self, encoded: bytes) -> bytes:
+        """The same for a record as the field of ScopeLogs."""
+        if not self.awake(encoded):
+            return encoded
+        return b"".join(
+            encoded[:start] + self.record(encoded[start:end]) for _, start, end in otlp.fields(encoded, 0, len(encoded))
+        )
+
+    def resource(self, encoded: bytes) -> bytes:
+        """A Resource, as the field of ResourceLogs, with the secrets in its attribute values masked."""
+        if not self.awake(encoded):
+            return encoded
+        changed = bytearray(encoded)
+        for _, start, end in otlp.fields(encoded, 0, len(encoded)):
+            for tag, at, stop in otlp.fields(encoded, start, end):
+                if tag == 0x0A:
+                    self._key_value(encoded, at, stop, changed)
+        return bytes(changed)
+
     def _near(
         self, pieces: list[Piece], block: bytes, base: int, awake: list[tuple[Rule, bytes]]
     ) -> dict[int, list[Rule]]:

@@ -36,6 +36,7 @@ class Status:
     rejected_records: int
     retries: int
     restarts: int
+    redacted: dict[str, int]
     error: str | None
     notes: tuple[str, ...]
 

@@ -13,12 +13,13 @@ import re
 import stat
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skyrl_otel.agent import assemble, otlp
 from skyrl_otel.agent.assemble import Piece, State
 from skyrl_otel.agent.moments import Moments
+from skyrl_otel.agent.redact import Redactor
 from skyrl_otel.spool.checkpoint import Position
 from skyrl_otel.spool.decisions import Decision
 from skyrl_otel.spool.layout import open_file, punch
@@ -39,6 +40,7 @@ _RECORD_OVERHEAD = 200
 _MAYBE_LOST = "truncated after an agent ended that may have sent some of it"
 """Why of an upper bound: that agent did not live to hear what the receiver took."""
 
+_SETTLE_NS = 300_000_000
 _TAIL_BYTES = 64
 _PUNCH_BYTES = 1 << 20
 _BLOCK = 4096
@@ -99,6 +101,8 @@ class TextFile:
         skip_markers: bool = False,
         inode: tuple[int, int] | None = None,
         moments: Moments | None = None,
+        has_echoes: bool = False,
+        redactor: Redactor | None = None,
     ) -> None:
         self.writer_id = writer_id
         self.name = name
@@ -113,6 +117,7 @@ class TextFile:
         self.cuts: list[Decision] = []
         self.identities: list[Decision] = []
         self.losses: list[Decision] = []
+        self.echoes: list[Decision] = []
         self.generation_decision: Decision | None = None
         self._decide = decide
         self._moments = moments or Moments()
@@ -121,6 +126,9 @@ class TextFile:
         self._floor = 0
         self._maybe_sent = 0
         self._punched = self._punched_losses = 0
+        self._redactor = redactor or Redactor()
+        self._has_echoes = has_echoes
+        self._settling: tuple[int, int] | None = None
         self._partial_at: tuple[int, int, int] | None = None
 
     # -- recovery ------------------------------------------------------------------------------------------------------
@@ -149,10 +157,12 @@ class TextFile:
         # What an earlier agent sent it sent below its last mark: nothing new may change the meaning of those bytes.
         self._floor = self.seen if self.identities else self.acked.offset
         self._maybe_sent = self.seen
+        self.echoes.sort(key=_offset)
         self._forget()
 
     def _sorted_list(self, decision: Decision) -> list[Decision]:
         lists = {"mark": self.marks, "cut": self.cuts, "identity": self.identities, "loss": self.losses}
+        lists["echo"] = self.echoes
         return lists.get(decision.kind, [])
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -212,8 +222,11 @@ class TextFile:
             size = os.fstat(self._fd).st_size
         self.size = size
         if size > self.seen:
-            if final or not self._is_crowded(now):
-                self._mark(size, now)
+            seen_at = now
+            if not final:
+                size, seen_at = self._settled(size, now)
+            if size > self.seen and (final or not self._is_crowded(now)):
+                self._mark(size, seen_at)
             return True
         if not self.followed or not self._next_generation():
             return False
@@ -223,6 +236,17 @@ class TextFile:
     def _is_crowded(self, now: int) -> bool:
         marks = self.marks
         return len(marks) > _MANY_MARKS and (now - marks[-1].value) * _MANY_MARKS < now - marks[0].value
+
+    def _settled(self, size: int, now: int) -> tuple[int, int]:
+        """Up to where bytes may be read, and when those were seen: where echoes are noted, notes get a moment to come."""
+        if not self._has_echoes:
+            return size, now
+        if self._settling is None:
+            self._settling = (size, now)
+        if now - self._settling[1] < _SETTLE_NS:
+            return self.seen, now
+        settled, self._settling = self._settling, None
+        return settled
 
     def _mark(self, size: int, now: int) -> None:
         moment = self._moments.take(now, size - self.seen)
@@ -335,7 +359,8 @@ class TextFile:
         self.acked = self.sent = Position(decision.generation, 0)
         self._inode = (decision.value["dev"], decision.value["ino"])
         self.size = self.seen = self._floor = self._maybe_sent = self._punched = self._punched_losses = 0
-        self.marks, self.cuts, self.identities, self.losses = [], [], [], []
+        self.marks, self.cuts, self.identities, self.losses, self.echoes = [], [], [], [], []
+        self._settling = None
 
     def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:
         value = {"bytes": size, "why": why, "skip": skip}
@@ -345,7 +370,23 @@ class TextFile:
         return decision
 
     def note_echo(self, dev: int, ino: int, start: int, end: int) -> None:
-        """[start, end) is the console echo of a record."""
+        """[start, end) of a file is the console echo of a record; passed over, unless it may have been sent already."""
+        if (dev, ino) != self._inode or start < max(self.sent.offset, self._floor):
+            return
+        place = bisect.bisect_left(self.echoes, start, key=_offset)
+        if place < len(self.echoes) and self.echoes[place].offset == start:
+            return
+        decision = self._decide(self.name, self.generation, start, "echo", {"bytes": end - start})
+        self.echoes.insert(place, decision)
+
+    def _echo_edges(self, start: int, end: int) -> list[int]:
+        """Where echoes begin and end between two offsets: no line may reach across."""
+        edges: list[int] = []
+        for echo in self.echoes:
+            if echo.offset >= end:
+                break
+            edges += (echo.offset, echo.offset + echo.value["bytes"])
+        return [edge for edge in edges if start < edge <= end]
 
     # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -408,6 +449,8 @@ class TextFile:
         cuts = [cut.offset for cut in self.cuts if cut.offset > start]
         if limit < self.seen and start + wanted == limit:
             cuts.append(limit)  # the line in front of a given-up range ends where that begins
+        if self.echoes:
+            cuts = sorted({*cuts, *self._echo_edges(start, start + wanted)})
         most = max(budget // _RECORD_OVERHEAD, 1)
         pieces, state = assemble.split(data[:budget], start, State.from_json(self.sent.state), cuts, max_pieces=most)
         for most in (1, 2):  # two where the first waits for the one after it, in a stream that tears lines
@@ -417,6 +460,10 @@ class TextFile:
             self._partial_at = self._here
             return None, []
         end = pieces[-1].end
+        carry = State.from_json(self.sent.state).carry
+        pieces, carry = self._redactor.pieces(pieces, data[: end - start], start, carry)
+        if carry != state.carry:
+            state = replace(state, carry=carry)
         tail = zlib.crc32(os.pread(self._fd, min(end, _TAIL_BYTES), max(end - _TAIL_BYTES, 0)))
         self.sent = Position(self.generation, end, state.to_json(), tail)
         return Move(self, before_position, self.sent), self._sections(pieces, data.isascii() and b"\0" not in data)
@@ -438,6 +485,8 @@ class TextFile:
         mark = bisect.bisect_left([decision.offset for decision in marks], pieces[0].end)
         for piece in pieces:
             if self.skip_markers and piece.body[:1] in b":s" and _MARKER.match(piece.body):
+                continue
+            if self.echoes and self._is_echo(piece):
                 continue
             while index + 1 < len(starts) and starts[index + 1] <= piece.start:
                 if records:
@@ -461,6 +510,13 @@ class TextFile:
         if records:
             sections.append(Section(self.identities[index].value, tuple(records), size))
         return sections
+
+    def _is_echo(self, piece: Piece) -> bool:
+        place = bisect.bisect_right(self.echoes, piece.start, key=_offset) - 1
+        if place < 0:
+            return False
+        echo = self.echoes[place]
+        return bool(piece.end <= echo.offset + echo.value["bytes"])
 
     # -- after the answer ----------------------------------------------------------------------------------------------
 
@@ -530,7 +586,7 @@ class TextFile:
     def kept_decisions(self) -> list[Decision]:
         """What a rewritten journal must still hold of this file."""
         own = [self.generation_decision] if self.generation_decision else []
-        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses]
+        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses, *self.echoes]
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -543,6 +599,8 @@ class TextFile:
             self.marks = [mark for mark in self.marks if mark.offset > acked]
         if self.cuts:
             self.cuts = [cut for cut in self.cuts if cut.offset > acked]
+        if self.echoes and self.echoes[0].offset < acked:
+            self.echoes = [echo for echo in self.echoes if echo.offset + echo.value["bytes"] > acked]
         if self.losses:
             self.losses = [loss for loss in self.losses if loss.offset + loss.value["bytes"] > acked]
         while len(self.identities) > 1 and self.identities[1].offset <= acked:
@@ -552,6 +610,10 @@ class TextFile:
 def _is_of_bytes_gone(decision: Decision) -> bool:
     """A loss of bytes that are in the file no more: nothing to skip."""
     return decision.kind == "loss" and not decision.value.get("skip", True)
+
+
+def _offset(decision: Decision) -> int:
+    return decision.offset
 
 
 def _first_data(descriptor: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import select
 import shutil
@@ -22,6 +23,7 @@ from skyrl_otel.agent.ballast import Ballast
 from skyrl_otel.agent.batch import BATCH_BYTES, Batch, build
 from skyrl_otel.agent.connect import connect
 from skyrl_otel.agent.moments import Moments
+from skyrl_otel.agent.redact import Redactor, from_settings
 from skyrl_otel.agent.ship import Answer, Sender
 from skyrl_otel.agent.status import Reporter, Status
 from skyrl_otel.agent.watch import Watcher
@@ -71,6 +73,7 @@ class Agent:
         self._broken: dict[str, str] = {}  # folders that cannot be read at all
         self._troubles: dict[str, str] = {}  # what went wrong with a writer since the last sweep
         self._moments = Moments()
+        self._redactor = Redactor()
         self._watcher = Watcher()
         self._epoll = select.epoll()
         self._epoll.register(link.fileno(), select.EPOLLIN)
@@ -195,7 +198,7 @@ class Agent:
             if writer_id in self._writers or (writer_id in self._broken and not broken_too):
                 continue
             try:
-                writer = Writer(self._run.run_id, writer_id, folder, self._moments)
+                writer = Writer(self._run.run_id, writer_id, folder, self._moments, self._redactor)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -331,12 +334,19 @@ class Agent:
             self._not_before = 0.0
             return
         self._shipping = shipping
+        self._load_rules(shipping)
         if self._sender is not None:
             self._epoll.unregister(self._sender.wake_fd)
             self._sender.close()
         self._sender = Sender(shipping, connect)
         self._epoll.register(self._sender.wake_fd, select.EPOLLIN)
         self._not_before = 0.0
+
+    def _load_rules(self, shipping: Shipping) -> None:
+        try:
+            self._redactor.rules = from_settings(shipping.redact).rules
+        except (ValueError, TypeError, re.error) as error:
+            _say(f"redaction rules of the settings are not used: {error}")
 
     def _send(self) -> None:
         if self._shipping_waits and self._inflight is None:
@@ -502,6 +512,7 @@ class Agent:
             rejected_records=self._rejected,
             retries=self._retries,
             restarts=self._restarts,
+            redacted=dict(self._redactor.hits),
             error=self._error,
             notes=(*self._broken.values(), *self._troubles.values())[:5],
         )

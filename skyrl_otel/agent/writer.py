@@ -12,6 +12,7 @@ from skyrl_otel.agent import ending, otlp
 from skyrl_otel.agent.framefile import FrameFile, Note
 from skyrl_otel.agent.identify import event_attributes, resource_attributes
 from skyrl_otel.agent.moments import Moments
+from skyrl_otel.agent.redact import Redactor
 from skyrl_otel.agent.textfile import TextFile
 from skyrl_otel.spool import identity, locks
 from skyrl_otel.spool.checkpoint import Checkpoint
@@ -38,9 +39,17 @@ def _awaited(facts: Mapping[str, Any]) -> str:
 class Writer:
     """`files` maps "out" and "err" to what is read of them; `events` are own records (loss, end, identity) not yet sent."""
 
-    def __init__(self, run_id: str, writer_id: str, folder: Path, moments: Moments | None = None) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        writer_id: str,
+        folder: Path,
+        moments: Moments | None = None,
+        redactor: Redactor | None = None,
+    ) -> None:
         """Raises OSError or ValueError for a folder that cannot be read as a writer's."""
         self.writer_id = writer_id
+        self._redactor = redactor or Redactor()
         self.folder = folder
         self.files: dict[str, TextFile] = {}
         self.events: list[Decision] = []
@@ -174,7 +183,7 @@ class Writer:
         follow = self._facts.get("follow")
         file: TextFile
         if name == "records":
-            file = FrameFile(self.writer_id, self.folder, self.decide, self._take_note)
+            file = FrameFile(self.writer_id, self.folder, self.decide, self._redactor, self._take_note)
         elif isinstance(follow, dict):
             fields = follow[name]
             inode = (int(fields["dev"]), int(fields["ino"])) if "ino" in fields else None
@@ -188,9 +197,12 @@ class Writer:
                 skip_markers=bool(fields.get("skip_markers")),
                 inode=inode,
                 moments=self._moments,
+                has_echoes=bool(fields.get("echoes")),
+                redactor=self._redactor,
             )
         else:
-            file = TextFile(self.writer_id, name, self.folder / name, self.decide, moments=self._moments)
+            path = self.folder / name
+            file = TextFile(self.writer_id, name, path, self.decide, moments=self._moments, redactor=self._redactor)
         file.held = True
         self.files[name] = file
 
@@ -324,7 +336,7 @@ class Writer:
         records: list[tuple[int, bytes]] = []
         size = 0
         for decision in self.events:
-            records.append((decision.value["identity"], self._event_record(decision)))
+            records.append((decision.value["identity"], self._redactor.field(self._event_record(decision))))
             size += len(records[-1][1])
             if size >= budget:
                 break
@@ -363,7 +375,8 @@ class Writer:
         """The encoded resource under an identity."""
         if identity_seq not in self._resources:
             facts = {"host": os.uname().nodename, **identity.in_force(self._lines, identity_seq)}
-            self._resources[identity_seq] = otlp.resource(resource_attributes(facts, self._run_id, self.writer_id))
+            encoded = otlp.resource(resource_attributes(facts, self._run_id, self.writer_id))
+            self._resources[identity_seq] = self._redactor.resource(encoded)
         return self._resources[identity_seq]
 
     # -- after the answer ----------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def command(
         port=port,
         control_only=control_only,
         exit_when_drained=exit_when_drained,
+        settings_file=config.settings_file,
         store_max_bytes=config.store_max_bytes,
     )
     raise typer.Exit(service.main(settings))

@@ -34,6 +34,7 @@ def settings(argv: list[str]) -> Settings:
         control_only=given.control_only,
         exit_when_drained=given.exit_when_drained,
         silence_s=given.silence_s,
+        settings_file=config.settings_file,
         store_max_bytes=given.store_max_bytes,
     )
 

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skyrl_otel.collector.decode import BadRequest, Batch
+from skyrl_otel.collector.routes import Router
 from skyrl_otel.collector.store import Store
-from skyrl_otel.collector.text import LineFormat, TextFile
+from skyrl_otel.collector.text import LineFormat
+from skyrl_otel.collector.texts import Texts
 
 _MAX_ROWS_PER_COMMIT = 50_000
 _IDLE_S = 2.0  # how often statuses are stored while no rows come
@@ -42,18 +44,19 @@ class Committer:
     def __init__(
         self,
         store: Store,
-        texts: dict[str, TextFile],
+        texts: Texts,
         *,
         max_bytes: int,
         say: Callable[[str], None],
+        router: Router | None = None,
         queue_size: int = 4,
     ) -> None:
-        """`texts` maps a channel to its file. `say` prints a line for the user (from this thread)."""
+        """`router`: which records go elsewhere than to their channel's file. `say` prints a line for the user (here)."""
         self._store = store
         self._texts = texts
         self._max_bytes = max_bytes
         self._say = say
-        self._format = LineFormat()
+        self._format = LineFormat(router)
         self._dedup = store.load_seen()
         # Bounded: a full queue holds the decoding thread up, and so the requests behind it.
         self._jobs: queue.Queue[_Job | None] = queue.Queue(queue_size)
@@ -135,13 +138,12 @@ class Committer:
         for channel, text in lines.items():
             if not text:
                 continue
-            file = self._texts[channel]
+            file = self._texts.get(channel)
             file.append("".join(text).encode("utf-8", "replace"))
             self._store.set_text(channel, file.path, file.length)
         self._store.set_agents(reports)
         self._store.commit()
-        for file in self._texts.values():
-            file.settle()
+        self._texts.settle()
         with self._lock:
             for report in reports:
                 if self._reports.get(report[0]) is report:

@@ -25,9 +25,12 @@ from aiohttp import web
 from skyrl_otel.collector.agents import Agents
 from skyrl_otel.collector.committer import Committer, free_bytes
 from skyrl_otel.collector.receiver import Limits, Receiver
+from skyrl_otel.collector.routes import Router
 from skyrl_otel.collector.store import Store, StoreError
 from skyrl_otel.collector.text import TextFile
+from skyrl_otel.collector.texts import Texts
 from skyrl_otel.spool import locks
+from skyrl_otel.spool import settings as file_settings
 from skyrl_otel.spool.layout import (
     RunDir,
     SpoolRefused,
@@ -61,6 +64,7 @@ class Settings:
     silence_s: float = 600.0
     store_max_bytes: int = 50 << 30
     limits: Limits = field(default_factory=Limits)
+    settings_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,7 @@ async def _serve(settings: Settings) -> int:
     agents = Agents(time.monotonic())
     store: Store | None = None
     texts: dict[str, TextFile] = {}
+    router = Router(_read_settings(settings).routes)
     committer: Committer | None = None
     if not settings.control_only:
         _check_log_dir(settings.log_dir)
@@ -170,7 +175,8 @@ async def _serve(settings: Settings) -> int:
         for agent, heard, status in store.agents():
             agents.restore(agent, heard, status)
         texts = _open_texts(store, settings.log_dir)
-        committer = Committer(store, texts, max_bytes=settings.store_max_bytes, say=say)
+        files = Texts(texts, settings.log_dir, store.texts())
+        committer = Committer(store, files, max_bytes=settings.store_max_bytes, say=say, router=router)
         committer.start()
     receiver = Receiver(secret(run), committer, agents, settings.limits)
     runner = web.AppRunner(
@@ -231,6 +237,13 @@ def _finish(settings: Settings, store: Store, committer: Committer, texts: dict[
     return code
 
 
+def _read_settings(settings: Settings) -> file_settings.Settings:
+    try:
+        return file_settings.read(settings.settings_file)
+    except file_settings.SettingsError as error:
+        raise StartError(str(error)) from error
+
+
 def _check_log_dir(log_dir: Path) -> None:
     try:
         log_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +261,10 @@ def _check_log_dir(log_dir: Path) -> None:
 
 
 def _open_texts(store: Store, log_dir: Path) -> dict[str, TextFile]:
-    known = {channel: found for channel, found in store.texts().items() if found[0].parent == log_dir}
+    stored = store.texts()
+    known = {
+        channel: stored[channel] for channel in CHANNELS if channel in stored and stored[channel][0].parent == log_dir
+    }
     try:
         if set(known) != set(CHANNELS):
             known = {channel: (path, 0) for channel, path in _new_texts(log_dir).items()}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the reader's commands use this file, and need not wait for protobuf
     from skyrl_otel.collector.decode import Row
     from skyrl_otel.collector.resource import Resource
+    from skyrl_otel.collector.routes import Router
 
 _SEVERITIES = ("TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL")
 # ECMA-48 SGR (colours), then OSC 8 style strings, which end in BEL or ST: both carry no text of their own.
@@ -87,12 +88,15 @@ class Clock:
 class LineFormat:
     """Rows to lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, router: Router | None = None) -> None:
         self._clock = Clock()
+        self._router = router
         self._owners: dict[str, str] = {}
 
     def lines(self, rows: Iterable[Row], resources: Sequence[Resource]) -> dict[str, list[str]]:
-        """Lines by channel, newlines included."""
+        """Lines by the key of their file (see `Texts`), newlines included."""
+        if self._router:
+            return self._routed(rows, resources, self._router)
         lines: dict[str, list[str]] = {"infra": [], "progress": []}
         last: tuple[int, int, int, str | None] | None = None
         beginning = ""
@@ -105,6 +109,15 @@ class LineFormat:
                 beginning = self._beginning(row, resource)
                 into = lines["progress" if resource.channel == "progress" else "infra"]
             into.append(f"{beginning}{message(row.body)}\n")
+        return lines
+
+    def _routed(self, rows: Iterable[Row], resources: Sequence[Resource], router: Router) -> dict[str, list[str]]:
+        lines: dict[str, list[str]] = {}
+        for row in rows:
+            resource = resources[row.resource]
+            path = router.route(row, resource)
+            key = f"route:{path}" if path else "progress" if resource.channel == "progress" else "infra"
+            lines.setdefault(key, []).append(f"{self._beginning(row, resource)}{message(row.body)}\n")
         return lines
 
     def _beginning(self, row: Row, resource: Resource) -> str:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from skyrl_otel.config import Config
+from skyrl_otel.spool import settings
 from skyrl_otel.spool.layout import RunDir, read_file, replace_file
 
 
@@ -19,13 +20,15 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Shipping:
-    """All an agent needs to send. `endpoint` is the full URL of /v1/logs; `timeout_s` bounds one request."""
+    """All an agent needs to send. `endpoint` is the full URL of /v1/logs; `timeout_s` bounds one request; `redact` has the
+    user's own rules, each [name, pattern, anchors]."""
 
     endpoint: str
     headers: dict[str, str] = field(repr=False)
     protocol: str = "http/protobuf"
     compression: str = "none"
     timeout_s: float = 10.0
+    redact: list[list[object]] = field(default_factory=list)
     certificate: str = ""
     client_key: str = ""
     client_certificate: str = ""
@@ -45,11 +48,20 @@ class Shipping:
             raise ValueError(f"no shipping settings: {error}") from error
 
 
+def redaction(config: Config) -> list[list[object]]:
+    """The user's redaction rules; none where the settings file cannot be read, which the launcher has said."""
+    try:
+        return [list(item) for item in settings.read(config.settings_file).redact]
+    except settings.SettingsError:
+        return []
+
+
 def from_config(config: Config, control: Control | None = None) -> Shipping | None:
     """The user's own endpoint, or None where there is none and the embedded collector is used."""
     if config.endpoint is None:
         return None
     return Shipping(
+        redact=redaction(config),
         endpoint=config.endpoint,
         headers=dict(config.headers),
         protocol=config.protocol,

@@ -12,7 +12,7 @@ from skyrl_otel.capture import identity
 from skyrl_otel.capture.launch import ensure_agent
 from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
-from skyrl_otel.spool import layout, library, locks, marks, token
+from skyrl_otel.spool import layout, library, locks, marks, settings, token
 from skyrl_otel.spool.layout import RunDir, SpoolRefused
 from skyrl_otel.spool.writer import WriterFolder
 from skyrl_otel.terminal import child, pty, signals
@@ -50,6 +50,14 @@ def main(
     config = config or Config.from_env()
     for problem in config.problems:
         say(problem)
+    try:
+        settings.read(config.settings_file)
+    except settings.SettingsError as error:
+        say(f"{error}; nothing of it is used")
+        os.environ.pop("SKYRL_OTEL_CONFIG", None)
+        config = replace(config, settings_file="")
+    if config.settings_file:  # the collector has another working folder
+        os.environ["SKYRL_OTEL_CONFIG"] = str(Path(config.settings_file).expanduser().absolute())
     config = replace(
         config,
         run_id=run_id or config.run_id,

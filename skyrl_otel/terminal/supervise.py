@@ -54,7 +54,7 @@ def hand_out_token(run: RunDir, config: Config, ready: Ready) -> None:
     """Tell this node's agent, and whoever passes it on to other nodes, where to send and report. Raises OSError."""
     control = token.Control(f"{ready.url}/v1/status", ready.authorization)
     shipping = token.from_config(config, control) or token.Shipping(
-        f"{ready.url}/v1/logs", {"authorization": ready.authorization}, control=control
+        f"{ready.url}/v1/logs", {"authorization": ready.authorization}, control=control, redact=token.redaction(config)
     )
     token.write(run, shipping)
 
