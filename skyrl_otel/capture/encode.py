@@ -90,15 +90,42 @@ def attribute(key: str, value: Any) -> bytes:
     return field(b"\x32", field(b"\x0a", key.encode("utf-8", "replace")) + field(b"\x12", encoded))
 
 
+_LENGTHS = [varint(size) for size in range(1024)]
+_MOST_KEYS = 4096
+_keys: dict[str, bytes] = {}
+
+
 def attributes(values: Iterable[tuple[Any, Any]]) -> bytes:
     """All of them; a key that is no string becomes one."""
-    encoder = _Values()
+    encoder = None
     parts = []
     for key, value in values:
-        name = key if type(key) is str else shown(key)
-        encoded = encoder.encode(value, 0)
-        parts.append(field(b"\x32", field(b"\x0a", name.encode("utf-8", "replace")) + field(b"\x12", encoded)))
+        encoded_key = _keys.get(key) if type(key) is str else None
+        if encoded_key is None:
+            encoded_key = _new_key(key)
+        kind = type(value)
+        if kind is int and 0 <= value < 128:
+            pair = b"%b\x12\x02\x18%c" % (encoded_key, value)
+        elif kind is float:
+            pair = encoded_key + b"\x12\x09\x21" + _double(value)
+        elif kind is str and len(value) < 100 and value.isascii():
+            size = len(value)
+            pair = b"%b\x12%c\x0a%c%b" % (encoded_key, size + 2, size, value.encode())
+        else:
+            encoder = encoder or _Values()
+            pair = encoded_key + field(b"\x12", encoder.encode(value, 0))
+        size = len(pair)
+        parts.append(b"\x32" + (_LENGTHS[size] if size < 1024 else varint(size)) + pair)
     return b"".join(parts)
+
+
+def _new_key(key: Any) -> bytes:
+    name = key if type(key) is str else shown(key)
+    encoded = field(b"\x0a", name.encode("utf-8", "replace"))
+    if len(_keys) > _MOST_KEYS:
+        _keys.clear()
+    _keys[name] = encoded
+    return encoded
 
 
 def code(path: str, line: int, function: str) -> bytes:

@@ -20,7 +20,7 @@ class Recording:
     def __init__(self, place: Place, levels: Levels) -> None:
         self.records = Records(place)
         self.console = Console(self.records)
-        self.take: Take = make_take(self.records, levels)
+        self.take: Take = make_take(self.records, levels, takeover.is_loguru_s)
         self._levels = levels
 
     def start(self) -> None:

@@ -40,18 +40,16 @@ def install(take: Take, console: Console) -> None:
     logger_filter = logging.Logger.filter
     handler_filter = logging.Handler.filter
     failed = guard.failed
+    is_plain = logger_filter is logging.Filterer.filter
 
     def filter_of_logger(self: logging.Logger, record: logging.LogRecord, /) -> Any:
-        passed: Any = True
-        if self.filters or logger_filter is not plain:
-            passed = logger_filter(self, record)
-            if not passed:
-                return passed
-            if passed is not True and isinstance(passed, logging.LogRecord):  # since 3.12 a filter may replace it
-                record = passed
-        if "extra" in record.__dict__ and _is_loguru_s(record):
-            return passed
-        take(record)
+        if is_plain and not self.filters:  # what `Filterer.filter` does then
+            take(record)
+            return True
+        passed: Any = logger_filter(self, record)
+        if passed:
+            # Since 3.12 a filter may put another record in its place.
+            take(passed if isinstance(passed, logging.LogRecord) else record)
         return passed
 
     def filter_of_handler(self: logging.Handler, record: logging.LogRecord, /) -> Any:
@@ -74,7 +72,6 @@ def install(take: Take, console: Console) -> None:
                 failed("takeover.console", error)
         return passed
 
-    plain = logging.Filterer.filter
     last_type = logging._StderrHandler  # type: ignore[attr-defined]
     logging.Logger.filter = filter_of_logger  # type: ignore[method-assign, assignment]
     logging.Handler.filter = filter_of_handler  # type: ignore[method-assign, assignment]
@@ -95,10 +92,13 @@ def remove() -> None:
     _installed.clear()
 
 
-def _is_loguru_s(record: logging.LogRecord) -> bool:
+def is_loguru_s(record: logging.LogRecord) -> bool:
     """Whether loguru makes this record of one of its own, which we have: for a `logging.Handler` that is its sink."""
+    extra = record.__dict__.get("extra")
+    if extra is None:
+        return False
     tap = sys.modules.get("skyrl_otel.capture.loguru_tap")
-    return tap is not None and tap.current_extra() is record.__dict__["extra"]
+    return tap is not None and tap.current_extra() is extra
 
 
 def _rich(handler: Any, console: Console) -> bool:
