@@ -207,8 +207,7 @@ class Writer:
         self.files[name] = file
 
     def _take_note(self, note: Note) -> None:
-        file = self.files.get(note.name)
-        if file is not None:
+        for file in self.files.values():  # stdout and stderr may be one file, which is followed under one name
             file.note_echo(note.dev, note.ino, note.start, note.end)
 
     def _release_held(self, now: int) -> None:

@@ -62,7 +62,7 @@ import threading
 def work(name):
     for number in range(500):
         log.info("thread %s %d", name, number)
-        print("by", name, number, file=sys.stderr)
+        sys.stderr.write(f"by {name} {number}\\n")
 threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
 [t.start() for t in threads]; [t.join() for t in threads]
 logging.root.handlers = [RichHandler()]
