@@ -184,18 +184,14 @@ class FrameFile(TextFile):
         index = 0
         prefix = f"{self.writer_id}/{self.name}/{self.generation}/"
         records: list[bytes] = []
-        redact = self._redactor.record if self._redactor.awake(b"".join(frame.payload for frame in found)) else None
         current: tuple[int, bytes] | None = None
         size = 0
-        for frame in found:
-            split = split_scope_logs(frame.payload)
-            if split is None:
-                continue  # an echo note
+        # An echo note is no record.
+        split = [(frame, *parts) for frame in found if (parts := split_scope_logs(frame.payload)) is not None]
+        masked = self._redactor.records([record for _, _, record in split])
+        for (frame, scope, _), record in zip(split, masked, strict=True):
             while index + 1 < len(starts) and starts[index + 1][0] <= frame.start:
                 index += 1
-            scope, record = split
-            if redact is not None:
-                record = redact(record)
             if current != (starts[index][1], scope):
                 if current is not None:
                     sections.append(Section(current[0], tuple(records), size, current[1]))

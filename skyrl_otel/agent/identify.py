@@ -28,7 +28,9 @@ _RESOURCE = (
 _NOT_SHOWN = {key for key, _ in _RESOURCE} | {
     "awaits",
     "follow",
+    "errors",
     "goodbye",
+    "lost",
     "project",
     "service",
     "silent_end",

@@ -14,8 +14,10 @@ import bisect
 import ctypes
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import itemgetter
 
 from skyrl_otel.agent import otlp
 from skyrl_otel.agent.assemble import Piece
@@ -30,22 +32,23 @@ class Rule:
 
     `anchors`: literals one of which is in each match. `pattern`: the match, of which the group `secret`, or all of it where
     there is none, is masked. `opening`: at the end of a part, what may be the beginning of a match; None: an anchor and
-    whatever has no space.
+    whatever has no space. `also`: a second literal without which there is no match, for a rule whose anchors are common.
     """
 
     name: str
     anchors: tuple[bytes, ...]
     pattern: re.Pattern[bytes]
     opening: re.Pattern[bytes]
+    also: bytes = b""
 
     @classmethod
-    def make(cls, name: str, anchors: Iterable[bytes], pattern: bytes, opening: bytes = b"") -> Rule:
+    def make(cls, name: str, anchors: Iterable[bytes], pattern: bytes, opening: bytes = b"", also: bytes = b"") -> Rule:
         """Raises re.error for a bad pattern, ValueError for a rule without an anchor."""
         literals = tuple(anchors)
         if not literals or not all(literals):
             raise ValueError(f"rule {name!r} has no anchor; name a literal that each match contains")
         begun = opening or b"(?:" + b"|".join(map(re.escape, literals)) + rb")[^\s\"',;]*"
-        return cls(name, literals, re.compile(pattern), re.compile(begun + rb"\Z"))
+        return cls(name, literals, re.compile(pattern), re.compile(begun + rb"\Z"), also)
 
 
 # Shapes as their issuers document them or as secret scanners know them (GitHub secret scanning, TruffleHog).
@@ -89,14 +92,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule.make(
         "url-password",
-        (b"@",),
+        (b"://",),
         rb"://[^\s:/@?#\"'<>]{0,256}:(?P<secret>[^\s/@\"'<>]{1,256})@",
         rb"://[^\s:/@?#\"'<>]{0,256}:[0-9]{0,5}[^\s/@\"'<>0-9][^\s/@\"'<>]{0,256}",
+        also=b"@",
     ),
 )
-
-# How far before its anchor a match may begin.
-_BACK_BYTES = 600
 
 
 def _find_fast() -> Callable[[bytes, bytes], bool]:
@@ -111,6 +112,15 @@ def _find_fast() -> Callable[[bytes, bytes], bool]:
 
 
 _has = _find_fast()
+_START = itemgetter(Piece._fields.index("start"))
+_PART = itemgetter(Piece._fields.index("part"))
+
+
+def _positions(block: bytes, anchor: bytes) -> Iterator[int]:
+    position = block.find(anchor)
+    while position >= 0:
+        yield position
+        position = block.find(anchor, position + 1)
 
 
 class Redactor:
@@ -124,7 +134,13 @@ class Redactor:
         """The rules of which an anchor is in `block`, with that anchor."""
         if b"\0" in block:
             block = block.replace(b"\0", b"\n")
-        return [(rule, anchor) for rule in self.rules for anchor in rule.anchors if _has(block, anchor)]
+        return [
+            (rule, anchor)
+            for rule in self.rules
+            if not rule.also or rule.also in block
+            for anchor in rule.anchors
+            if _has(block, anchor)
+        ]
 
     def text(self, text: bytes) -> bytes:
         """`text` with its secrets masked; the same object where it has none."""
@@ -144,6 +160,8 @@ class Redactor:
         for number, rules in self._near(pieces, block, base, awake).items():
             if masked[number].part < 0:
                 masked[number] = masked[number]._replace(body=self._masked(masked[number].body, rules))
+        if not carry and max(map(_PART, pieces), default=-1) < 0:
+            return masked, b""
         for number, piece in enumerate(pieces):
             if piece.part >= 0:
                 body, carry = self._part(piece.body, carry, piece.last)
@@ -163,6 +181,20 @@ class Redactor:
             elif tag == 0x32:
                 self._key_value(record, start, end, changed)
         return bytes(changed)
+
+    def records(self, records: list[bytes]) -> list[bytes]:
+        """LogRecords, masked where they have something to mask."""
+        block = b"".join(records)
+        awake = self.awake(block)
+        if not awake:
+            return records
+        ends = list(accumulate(map(len, records)))
+        masked = list(records)
+        for number in {
+            bisect.bisect_right(ends, position) for _, anchor in awake for position in _positions(block, anchor)
+        }:
+            masked[number] = self.record(records[number])
+        return masked
 
     def field(self, encoded: bytes) -> bytes:
         """The same for a record as the field of ScopeLogs."""
@@ -187,17 +219,13 @@ class Redactor:
         self, pieces: list[Piece], block: bytes, base: int, awake: list[tuple[Rule, bytes]]
     ) -> dict[int, list[Rule]]:
         """Which rules are worth trying on which piece: those with an anchor in it."""
-        starts = [piece.start - base for piece in pieces]
+        starts = list(map(_START, pieces))
         found: dict[int, list[Rule]] = {}
         for rule, anchor in awake:
-            position = block.find(anchor)
-            while position >= 0:
-                number = bisect.bisect_right(starts, position) - 1
-                if number >= 0:
-                    rules = found.setdefault(number, [])
-                    if rule not in rules:
-                        rules.append(rule)
-                position = block.find(anchor, position + 1)
+            for position in _positions(block, anchor):
+                number = bisect.bisect_right(starts, base + position) - 1
+                if number >= 0 and rule not in (rules := found.setdefault(number, [])):
+                    rules.append(rule)
         return found
 
     def _masked(self, text: bytes, rules: Iterable[Rule]) -> bytes:

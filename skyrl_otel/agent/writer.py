@@ -66,6 +66,7 @@ class Writer:
         self._journal_kept = 0
         self._events_unacked: list[Decision] = []
         self._once: list[Decision] = []  # the end and identity events, so that a later agent does not decide them again
+        self._counted: set[int] = set()  # identity lines whose lost records are counted
         self._ended = self._told = self._restored = False
         self._ended_at = 0
         self._oom_kills = ending.oom_kills()
@@ -85,6 +86,9 @@ class Writer:
         decisions = self._journal.decisions
         for decision in decisions:
             if decision.kind in ("loss", "end", "event"):
+                if decision.kind == "loss" and "of" in decision.value:
+                    self._counted.add(decision.value["of"])
+                    self._once.append(decision)
                 if decision.kind == "loss":
                     self.lost_bytes += decision.value["bytes"]
                 self._ended = self._ended or decision.kind == "end"
@@ -152,6 +156,7 @@ class Writer:
         fresh = lines[len(self._lines) :]
         self._lines = lines
         self._facts = identity.in_force(lines, self._seq)
+        self._count_lost(lines)
         if any("awaits" in line.changes for line in fresh):
             self._identity_since = now
         for name in self._names():
@@ -165,6 +170,21 @@ class Writer:
                 self._assign(file, fresh)
         if self.pidfd is None and not self._ended and isinstance(self._facts.get("pid"), int):
             self._watch_process(self._facts["pid"])
+
+    def _count_lost(self, lines: list[identity.IdentityLine]) -> None:
+        """Records that the process could not write, and says so: a loss for each line that tells of more."""
+        before = 0
+        for line in lines:
+            lost = line.changes.get("lost")
+            if not isinstance(lost, dict):
+                continue
+            size, count = int(lost.get("bytes", 0)), int(lost.get("records", 0))
+            if line.seq not in self._counted and size > before:
+                self._counted.add(line.seq)
+                why = f"the process could not write {count} records so far ({lost.get('why')})"
+                value = {"bytes": size - before, "why": why, "skip": False, "of": line.seq}
+                self._once.append(self.decide("", 0, 0, "loss", value))
+            before = size
 
     def _watch_process(self, pid: int) -> None:
         self.pidfd = ending.open_pidfd(pid)
@@ -347,9 +367,9 @@ class Writer:
         value = decision.value
         uid = {"log.record.uid": f"{self.writer_id}/decisions/0/{decision.seq}-{decision.seq + 1}"}
         if decision.kind == "loss":
-            stream = {"out": "stdout", "err": "stderr"}.get(decision.file, decision.file)
+            stream = {"out": "stdout", "err": "stderr"}.get(decision.file, "records")
             attributes: dict[str, otlp.Value] = {
-                **({} if decision.file == "records" else {"log.iostream": stream}),
+                **({} if stream == "records" else {"log.iostream": stream}),
                 "skyrl.lost.bytes": value["bytes"],
                 "skyrl.lost.reason": value["why"],
             }

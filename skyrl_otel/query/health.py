@@ -17,7 +17,7 @@ from skyrl_otel.config import Config, describe
 from skyrl_otel.query.backlog import measure
 from skyrl_otel.query.explain import advice
 from skyrl_otel.query.summary import RunSummary, summarize
-from skyrl_otel.spool import locks, token
+from skyrl_otel.spool import identity, locks, token
 from skyrl_otel.spool.layout import RunDir, SpoolRefused, check_disk, ensure_private_dir, existing_runs, read_file
 from skyrl_otel.spool.token import Shipping
 
@@ -122,6 +122,7 @@ def check_run(run: RunDir, *, is_newest: bool) -> Iterator[Finding]:
         yield Finding("wrong", area, f"no agent; {holds}, kept in {run.path}")
     elif is_newest:
         yield Finding("ok", area, "ended, all delivered")
+    yield from _check_processes(run, area)
     if has_collector or has_agent:
         yield from _check_receiver(run, area, has_collector)
     if is_newest or has_agent or has_collector:
@@ -142,11 +143,34 @@ def _check_agent(area: str, status: dict[str, Any] | None, state: str) -> Iterat
     else:
         counters = f"{status.get('sent_records', 0)} records sent, {status.get('restarts', 0)} restarts"
         yield Finding("ok", area, f"agent {pid}: {state}; {counters}")
+    redacted = status.get("redacted")
+    if isinstance(redacted, dict) and redacted:
+        counted = ", ".join(f"{count} {rule}" for rule, count in sorted(redacted.items()))
+        yield Finding("note", area, f"agent {pid}: secrets masked before sending: {counted}")
     for note in status.get("notes") or ():
         yield Finding("note", area, str(note))
     for name, meaning in (("lost_bytes", "bytes lost"), ("rejected_records", "records rejected by the receiver")):
         if status.get(name):
             yield Finding("wrong", area, f"agent {pid}: {status[name]} {meaning}")
+
+
+def _check_processes(run: RunDir, area: str) -> Iterator[Finding]:
+    """What our code in the user's processes could not do, as their identity tells."""
+    for _, folder in run.writers():
+        try:
+            lines = identity.parse(read_file(folder / "identity"))
+        except OSError:
+            continue
+        facts = identity.in_force(lines, lines[-1].seq) if lines else {}
+        name = f"{facts.get('role') or 'process'} {facts.get('pid', '?')}"
+        lost = facts.get("lost")
+        if isinstance(lost, dict):
+            text = f"could not record {lost.get('records')} records, {_size(int(lost.get('bytes') or 0))}: {lost.get('why')}"
+            yield Finding("wrong", area, f"{name} {text}")
+        errors = facts.get("errors")
+        if isinstance(errors, dict):
+            counted = ", ".join(f"{place} {count}" for place, count in sorted(errors.items()))
+            yield Finding("note", area, f"{name}: errors of our own, kept from the program: {counted}")
 
 
 def _check_receiver(run: RunDir, area: str, has_collector: bool) -> Iterator[Finding]:
