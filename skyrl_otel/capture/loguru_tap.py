@@ -164,9 +164,9 @@ def install(records: Records, levels: Levels, console: Console) -> None:
     """Tap loguru, which is imported. A second call changes nothing; raises AttributeError for a loguru without `Core`."""
     if _installed:
         return
-    from loguru import _logger, _simple_sinks
-
-    core, sink = _logger.Core, _simple_sinks.StreamSink
+    # Looked up, not imported: this is called because the program has imported them.
+    core: Any = sys.modules["loguru._logger"].Core
+    sink: Any = sys.modules["loguru._simple_sinks"].StreamSink
     if "handlers" not in vars(core()) or "min_level" not in vars(core()):
         raise AttributeError("this loguru keeps its handlers elsewhere; it is recorded as text")
     tap = Tap(records, levels)
@@ -217,9 +217,7 @@ def remove() -> None:
     del core.handlers, core.min_level
     sink.write = _installed["write"]
     _installed.clear()
-    from loguru import logger
-
     # Isolated copies keep their dictionary with the tap in it, which does nothing from here on.
-    fields = logger._core.__dict__
+    fields = sys.modules["loguru"].logger._core.__dict__
     own = dict(fields["handlers"])
     fields["handlers"], fields["min_level"] = own, min((h.levelno for h in own.values()), default=math.inf)
