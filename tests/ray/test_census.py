@@ -231,11 +231,20 @@ class Census:
         """An actor's text records by stream, in the order of the file; only of the actor's own folder."""
         found: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for record in self.records:
-            if record["resource"].get("ray.actor.id") == actor and "event.name" not in record["attributes"]:
-                found[record["attributes"]["log.iostream"]].append(record)
+            if record["resource"].get("ray.actor.id") == actor and "log.iostream" in record["attributes"]:
+                if "event.name" not in record["attributes"]:
+                    found[record["attributes"]["log.iostream"]].append(record)
         for records in found.values():
             records.sort(key=place)
         return found
+
+    def logged(self, actor: str) -> Counter[str]:
+        """What an actor said by `logging`, which has a place in the source."""
+        return Counter(
+            record["body"]
+            for record in self.records
+            if record["resource"].get("ray.actor.id") == actor and "code.file.path" in record["attributes"]
+        )
 
 
 def place(record: dict[str, Any]) -> tuple[str, str, int, int]:
@@ -289,7 +298,10 @@ def test_no_record_is_there_twice(result: Census) -> None:
 
 def test_every_line_of_every_actor_is_there_once(result: Census) -> None:
     assert (
-        sum(census.expected_out(0).values()) + sum(census.expected_err(0).values()) + 2 * (census.BLOCKED + 1)
+        sum(census.expected_out(0).values())
+        + sum(census.expected_err(0).values())
+        + sum(census.expected_records(0).values())
+        + 2 * (census.BLOCKED + 1)
         == census.LINES
     )
     for facts in result.facts["scribes"]:
@@ -299,6 +311,7 @@ def test_every_line_of_every_actor_is_there_once(result: Census) -> None:
         expected = census.expected_out(rank)
         assert out - expected == Counter(), f"rank {rank}: lines that nobody wrote"
         assert expected - out == Counter(), f"rank {rank}: lines are missing"
+        assert result.logged(facts["actor"]) == census.expected_records(rank)
         if rank == census.CLOBBERED_RANK:
             continue
         err = [body for body, _ in whole_lines(streams["stderr"])]
