@@ -231,9 +231,9 @@ class Census:
         """An actor's text records by stream, in the order of the file; only of the actor's own folder."""
         found: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for record in self.records:
-            if record["resource"].get("ray.actor.id") == actor and "log.iostream" in record["attributes"]:
-                if "event.name" not in record["attributes"]:
-                    found[record["attributes"]["log.iostream"]].append(record)
+            stream = record["attributes"].get("log.iostream")
+            if record["resource"].get("ray.actor.id") == actor and stream and "event.name" not in record["attributes"]:
+                found[stream].append(record)
         for records in found.values():
             records.sort(key=place)
         return found
