@@ -64,8 +64,8 @@ def test_identity_grows_line_by_line(spool_root: Path) -> None:
     folder.publish({"rank": 3, "awaits": None})
     lines = identity.parse((folder.path / "identity").read_bytes())
     assert lines == [
-        IdentityLine(0, {"out": (0, 0), "err": (0, 0)}, {"role": "policy", "awaits": "rank"}),
-        IdentityLine(1, {"out": (0, 5), "err": (0, 0)}, {"rank": 3, "awaits": None}),
+        IdentityLine(0, {"out": (0, 0), "err": (0, 0), "records": (0, 0)}, {"role": "policy", "awaits": "rank"}),
+        IdentityLine(1, {"out": (0, 5), "err": (0, 0), "records": (0, 0)}, {"rank": 3, "awaits": None}),
     ]
     assert identity.in_force(lines, 0) == {"role": "policy", "awaits": "rank"}
     assert identity.in_force(lines, 1) == {"role": "policy", "rank": 3}
