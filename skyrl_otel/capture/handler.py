@@ -6,12 +6,16 @@ import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from skyrl_otel.capture import guard, takeover
 from skyrl_otel.capture.console import Console, Mode
 from skyrl_otel.capture.levels import Levels
 from skyrl_otel.capture.records import Place, Records
 from skyrl_otel.capture.taker import Take, make_take
+
+# Places at which our errors are told of in the identity, for `skyrl-otel doctor`.
+_OURS = ("console.", "handler.", "loguru.", "records.", "takeover.")
 
 
 class Recording:
@@ -22,6 +26,7 @@ class Recording:
         self.console = Console(self.records)
         self.take: Take = make_take(self.records, levels, takeover.is_loguru_s)
         self._levels = levels
+        self._told: dict[str, Any] = {}
 
     def start(self) -> None:
         """Take every record from now on."""
@@ -52,9 +57,28 @@ class Recording:
         self.console.nonce = nonce
         self.console.modes = dict(modes)
 
-    def losses(self) -> dict[str, int]:
-        """What could not be recorded here, by reason; empty where all was."""
-        return dict(self.records.lost)
+    def look_after(self) -> None:
+        """For the watch thread: find out what write(2) does not tell, and say what was lost. Raises OSError."""
+        if self.records.is_removed():
+            self.records.start_anew()
+        self.tell_losses()
+
+    def tell_losses(self) -> None:
+        """Say in an identity line what could not be recorded, where that is news; the agent counts it, `doctor` shows it.
+
+        Raises OSError; then it is said next time.
+        """
+        records = self.records
+        news: dict[str, Any] = {}
+        if records.lost:
+            why = records.lost.most_common(1)[0][0]
+            news["lost"] = {"records": sum(records.lost.values()), "bytes": records.lost_bytes, "why": why}
+        errors = {key: count for key, count in guard.counts.items() if key.startswith(_OURS) and ":" not in key}
+        if errors:
+            news["errors"] = errors
+        if news != self._told and records.folder is not None:
+            records.folder.publish(news)
+            self._told = news
 
 
 _current: Callable[[], Recording | None] = lambda: None  # noqa: E731

@@ -35,9 +35,6 @@ AGENT_CHECK_S = 2.0
 PARTIAL_TICK_S = 0.5
 IDLE_TICK_S = 0.1
 
-# Places at which our errors are told of in the identity, for `skyrl-otel doctor`.
-_OURS = ("console.", "handler.", "loguru.", "records.", "takeover.")
-
 # Frameworks that are looked after once they are imported: module, where our code for it lives.
 INTEGRATIONS = (("ray", "skyrl_otel.integrations.ray", "wrap_init"),)
 
@@ -58,7 +55,6 @@ class Runtime:
         self._lock = threading.RLock()  # protects folder, _folders, _saved, _streams, facts
         self.recording = Recording(self._place_of_records, Levels(config.levels))
         self._records_of = ""
-        self._told: dict[str, Any] = {}
 
     def redirect(self, facts: Mapping[str, Any], last_words: Mapping[int, str] | None = None) -> WriterFolder:
         """Point fds 1 and 2 at a new folder of the spool.
@@ -142,25 +138,8 @@ class Runtime:
         self.watch.add("records", self._look_after_records, AGENT_CHECK_S)
 
     def _look_after_records(self) -> float | None:
-        records = self.recording.records
-        if records.is_removed():
-            records.start_anew()
-        self._tell_losses()
+        self.recording.look_after()
         return AGENT_CHECK_S
-
-    def _tell_losses(self) -> None:
-        """Say in an identity line what could not be recorded, where that is news; the agent counts it, `doctor` shows it."""
-        records = self.recording.records
-        news: dict[str, Any] = {}
-        if records.lost:
-            why = records.lost.most_common(1)[0][0]
-            news["lost"] = {"records": sum(records.lost.values()), "bytes": records.lost_bytes, "why": why}
-        errors = {key: count for key, count in guard.counts.items() if key.startswith(_OURS) and ":" not in key}
-        if errors:
-            news["errors"] = errors
-        if news != self._told and records.folder is not None:
-            records.folder.publish(news)
-            self._told = news
 
     def publish(self, changes: Mapping[str, Any]) -> None:
         """Say something new about this process from here on. Raises OSError."""
@@ -232,7 +211,7 @@ class Runtime:
         with self._lock:
             self.watch.stop()
             with guard.guarded("runtime.records"):
-                self._tell_losses()
+                self.recording.tell_losses()
                 self.recording.stop()
             with guard.guarded("runtime.streams"):
                 self._restore_streams()
@@ -256,7 +235,7 @@ class Runtime:
         self.watch.stop()
         fds.flush_buffers()
         with guard.guarded("runtime.losses"):
-            self._tell_losses()
+            self.recording.tell_losses()
         # An uncaught exception leaves its type behind; sys.exit(3) leaves nothing that could be read here.
         code = 1 if getattr(sys, "last_type", None) is not None else None
         for folder in self._folders:

@@ -379,7 +379,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 running.recording.records._not_before = 0
 log.info("after")
 assert sum(running.recording.records.lost.values()) == 100, running.recording.records.lost
-running._tell_losses()
+running.recording.tell_losses()
 """,
         env={"SKYRL_OTEL_RAISE": ""},
     )
