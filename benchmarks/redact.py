@@ -89,7 +89,7 @@ def _records_writer(root: Path) -> WriterFolder:
 
 def _read(folder: WriterFolder, redactor: Redactor) -> int:
     """Bytes read. The journal is thrown away afterwards, and nothing is acknowledged."""
-    agent = Writer("bench", folder.writer_id, folder.path, redactor)
+    agent = Writer("bench", folder.writer_id, folder.path, redactor=redactor)
     now = time.time_ns()
     agent.observe(now)
     size = 0
