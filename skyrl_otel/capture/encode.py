@@ -48,9 +48,13 @@ def _body_prefix(size: int) -> bytes:
     return b"\x2a" + varint(1 + len(varint(size)) + size) + b"\x0a" + varint(size)
 
 
+# Made at import, which each worker's start waits for: without a call for each.
+_VARINTS = [bytes((n,)) for n in range(128)] + [bytes((n & 127 | 128, n >> 7)) for n in range(128, 2048)]
 # By length: what precedes a body's text in a LogRecord, and a LogRecord in a ScopeLogs. Most records are short.
-BODY_PREFIXES = [_body_prefix(size) for size in range(1024)]
-RECORD_PREFIXES = [b"\x12" + varint(size) for size in range(2048)]
+BODY_PREFIXES = [
+    b"\x2a" + _VARINTS[1 + len(length) + size] + b"\x0a" + length for size, length in enumerate(_VARINTS[:1024])
+]
+RECORD_PREFIXES = [b"\x12" + length for length in _VARINTS]
 
 
 def body(text: str) -> bytes:
@@ -90,7 +94,7 @@ def attribute(key: str, value: Any) -> bytes:
     return field(b"\x32", field(b"\x0a", key.encode("utf-8", "replace")) + field(b"\x12", encoded))
 
 
-_LENGTHS = [varint(size) for size in range(1024)]
+_LENGTHS = _VARINTS[:1024]
 _MOST_KEYS = 4096
 _keys: dict[str, bytes] = {}
 
