@@ -47,9 +47,9 @@ def test_there_is_one_collector_in_each_profile() -> None:
 
 def test_versions_are_the_ones_built_and_tested() -> None:
     services = _services("files", "grafana")
-    built = (DEPLOY / "build/otelcol/builder.yaml").read_text()
+    built = (DEPLOY / "recipes/otelcol/builder.yaml").read_text()
     version = re.search(r"^  version: (\S+)$", built, re.M)
-    loki = re.search(r"^require github.com/grafana/loki/v3 v(\S+)$", (DEPLOY / "build/loki/go.mod").read_text(), re.M)
+    loki = re.search(r"^require github.com/grafana/loki/v3 v(\S+)$", (DEPLOY / "recipes/loki/go.mod").read_text(), re.M)
     assert version and loki
     for name in ("collector", "collector-loki"):
         assert services[name]["image"] == f"otel/opentelemetry-collector-contrib:{version[1]}"
