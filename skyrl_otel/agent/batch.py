@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from skyrl_otel.agent import otlp
-from skyrl_otel.agent.textfile import TEXT_SCOPE, Move
+from skyrl_otel.agent.textfile import Move
 from skyrl_otel.agent.writer import EVENT_SCOPE, Writer
 
 BATCH_BYTES = 1 << 20
@@ -99,7 +99,7 @@ def _fill(part: Batch, writer: Writer, budget: int) -> None:
         acked = file.acked.offset if file.acked.generation == move.to.generation else move.before.offset
         part.low_water.append(f"{writer.writer_id}/{file.name}/{move.to.generation}={acked}")
         for section in sections:
-            scopes.setdefault(section.identity_seq, []).append(otlp.scope_logs(TEXT_SCOPE, section.records))
+            scopes.setdefault(section.identity_seq, []).append(otlp.scope_logs(section.scope, section.records))
             size += section.size
             part.records += len(section.records)
     writer.flush()

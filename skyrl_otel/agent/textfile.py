@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import bisect
 import os
-import re
 import stat
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from skyrl_otel.agent import assemble, otlp
-from skyrl_otel.agent.assemble import Piece, State
+from skyrl_otel.agent.assemble import State
+from skyrl_otel.agent.block import MARKER, Section
+from skyrl_otel.agent.events import EVENT_NS
+from skyrl_otel.agent.reader import Reader, View
 from skyrl_otel.agent.moments import Moments
 from skyrl_otel.spool.checkpoint import Position
 from skyrl_otel.spool.decisions import Decision
@@ -39,31 +42,21 @@ _RECORD_OVERHEAD = 200
 _MAYBE_LOST = "truncated after an agent ended that may have sent some of it"
 """Why of an upper bound: that agent did not live to hear what the receiver took."""
 
+BAR_S = 10.0
+"""A progress bar, which is a line that is written over and over, is sent as it stands that often."""
+
+_LAST_BYTES = 8192
 _TAIL_BYTES = 64
 _PUNCH_BYTES = 1 << 20
 _BLOCK = 4096
 
-TEXT_SCOPE = otlp.scope("skyrl_otel.text")
-
-_MARKER = re.compile(rb":(?:job_id|actor_name|task_name):|skyrl-otel: output of this actor is recorded")
 _ATTRIBUTES = {
     "out": otlp.attributes({"log.iostream": "stdout"}),
     "err": otlp.attributes({"log.iostream": "stderr"}),
 }
-_LAST = otlp.attributes({"skyrl.part.last": True})
-_TORN = otlp.attributes({"skyrl.torn": True})
 
 Decide = Callable[[str, int, int, str, object], Decision]
 """Journal a decision: (file, generation, offset, kind, value)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """Records of one file under one identity, and the move of `sent` they stand for."""
-
-    identity_seq: int
-    records: tuple[bytes, ...]
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +105,7 @@ class TextFile:
         self.cuts: list[Decision] = []
         self.identities: list[Decision] = []
         self.losses: list[Decision] = []
+        self.zones: list[Decision] = []
         self.generation_decision: Decision | None = None
         self._decide = decide
         self._moments = moments or Moments()
@@ -121,6 +115,10 @@ class TextFile:
         self._maybe_sent = 0
         self._punched = self._punched_losses = 0
         self._partial_at: tuple[int, int, int] | None = None
+        self._event_waits = False
+        self._bar_since = 0
+        self._reader: Reader | None = None
+        self._reader_of = -1
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
@@ -152,6 +150,7 @@ class TextFile:
 
     def _sorted_list(self, decision: Decision) -> list[Decision]:
         lists = {"mark": self.marks, "cut": self.cuts, "identity": self.identities, "loss": self.losses}
+        lists["zone"] = self.zones
         return lists.get(decision.kind, [])
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -224,6 +223,9 @@ class TextFile:
         return len(marks) > _MANY_MARKS and (now - marks[-1].value) * _MANY_MARKS < now - marks[0].value
 
     def _mark(self, size: int, now: int) -> None:
+        east = time.localtime(now // 1_000_000_000).tm_gmtoff
+        if not self.zones or self.zones[-1].value != east:
+            self.zones.append(self._decide(self.name, self.generation, self.seen, "zone", east))
         moment = self._moments.take(now, size - self.seen)
         self.marks.append(self._decide(self.name, self.generation, size, "mark", moment))
         self.seen = size
@@ -334,7 +336,7 @@ class TextFile:
         self.acked = self.sent = Position(decision.generation, 0)
         self._inode = (decision.value["dev"], decision.value["ino"])
         self.size = self.seen = self._floor = self._maybe_sent = self._punched = self._punched_losses = 0
-        self.marks, self.cuts, self.identities, self.losses = [], [], [], []
+        self.marks, self.cuts, self.identities, self.losses, self.zones = [], [], [], [], []
 
     def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:
         value = {"bytes": size, "why": why, "skip": skip}
@@ -365,16 +367,44 @@ class TextFile:
     # -- records -------------------------------------------------------------------------------------------------------
 
     def cut_partial(self, now: int, *, final: bool) -> None:
-        """Decide that a partial line at the end, if it is old enough or the last, is sent as it is."""
+        """Decide that what waits at the end, if it is old enough or the last, is sent as it is."""
         if not self.unsent or self.held or not self.marks or self._fd < 0:
             return
         newest = self.marks[-1]
         if newest.offset != self.size or (self.cuts and self.cuts[-1].offset >= self.seen):
             return
-        if not final and now - newest.value < PARTIAL_S * 1e9:
+        idle = now - newest.value
+        waits = self._waits
+        if final:
+            if waits or os.pread(self._fd, 1, self.seen - 1) not in (b"\n", b""):
+                self._cut(self.seen)
             return
-        if self._waits or os.pread(self._fd, 1, self.seen - 1) not in (b"\n", b""):
-            self.cuts.append(self._decide(self.name, self.generation, self.seen, "cut", None))
+        if waits and self._event_waits and idle >= EVENT_NS:
+            self._cut_events()
+        if idle < min(PARTIAL_S, BAR_S) * 1e9 and not self._bar_since:
+            return
+        end = os.pread(self._fd, _LAST_BYTES, max(self.seen - _LAST_BYTES, self.sent.offset))
+        partial = end[end.rfind(b"\n") + 1 :]
+        if b"\r" not in partial:
+            self._bar_since = 0
+            if idle >= PARTIAL_S * 1e9 and (waits or partial):
+                self._cut(self.seen)
+        elif not self._bar_since:
+            self._bar_since = now
+        elif now - self._bar_since >= BAR_S * 1e9:
+            self._bar_since = now
+            self._cut(self.seen)
+
+    def _cut(self, offset: int) -> None:
+        self.cuts.append(self._decide(self.name, self.generation, offset, "cut", None))
+
+    def _cut_events(self) -> None:
+        """End the events that wait, but not the line that is being written behind them."""
+        size = min(self.unsent, assemble.PART_BYTES)
+        newline = os.pread(self._fd, size, self.seen - size).rfind(b"\n")
+        offset = self.seen - size + newline + 1
+        if newline >= 0 and (not self.cuts or self.cuts[-1].offset < offset):
+            self._cut(offset)
 
     def take(self, budget: int) -> tuple[Move | None, list[Section]]:
         """The next records, at least one if there is a complete one, about `budget` bytes of them; moves `sent`.
@@ -405,59 +435,31 @@ class TextFile:
         if limit < self.seen and start + wanted == limit:
             cuts.append(limit)  # the line in front of a given-up range ends where that begins
         most = max(budget // _RECORD_OVERHEAD, 1)
-        pieces, state = assemble.split(data[:budget], start, State.from_json(self.sent.state), cuts, max_pieces=most)
-        for most in (1, 2):  # two where the first waits for the one after it, in a stream that tears lines
-            if not pieces and len(data) > budget:
-                pieces, state = assemble.split(data, start, State.from_json(self.sent.state), cuts, max_pieces=most)
-        if not pieces:
+        reader, state = self._reader_here(), State.from_json(self.sent.state)
+        view = View(self.marks, self.identities, cuts, self.zones)
+        result = reader.read(data[:budget], start, state, view, most=most)
+        if result.end == start and len(data) > budget:
+            result = reader.read(data, start, state, view, one=True)
+        if result.end == start:
             self._partial_at = self._here
+            self._event_waits = result.waits
             return None, []
-        end = pieces[-1].end
+        end = result.end
         tail = zlib.crc32(os.pread(self._fd, min(end, _TAIL_BYTES), max(end - _TAIL_BYTES, 0)))
-        self.sent = Position(self.generation, end, state.to_json(), tail)
-        return Move(self, before_position, self.sent), self._sections(pieces, data.isascii() and b"\0" not in data)
+        self.sent = Position(self.generation, end, result.state.to_json(), tail)
+        return Move(self, before_position, self.sent), result.sections
 
     def _skip(self, loss: Decision) -> tuple[Move | None, list[Section]]:
         before = self.sent
         self.sent = Position(self.generation, loss.offset + loss.value["bytes"])
         return Move(self, before, self.sent, is_skip=True), []
 
-    def _sections(self, pieces: list[Piece], plain: bool) -> list[Section]:
-        sections: list[Section] = []
-        records: list[bytes] = []
-        size = 0
-        prefix = f"{self.writer_id}/{self.name}/{self.generation}/"
-        stream = _ATTRIBUTES[self.name]
-        starts = [decision.offset for decision in self.identities]
-        index = max(bisect.bisect_right(starts, pieces[0].start) - 1, 0)
-        marks = self.marks
-        mark = bisect.bisect_left([decision.offset for decision in marks], pieces[0].end)
-        for piece in pieces:
-            if self.skip_markers and piece.body[:1] in b":s" and _MARKER.match(piece.body):
-                continue
-            while index + 1 < len(starts) and starts[index + 1] <= piece.start:
-                if records:
-                    sections.append(Section(self.identities[index].value, tuple(records), size))
-                    records, size = [], 0
-                index += 1
-            while marks[mark].offset < piece.end:
-                mark += 1
-            # KeyValue("log.record.uid", string): fixed key, one length byte as long as the uid is below 126 bytes.
-            uid = f"{prefix}{piece.start}-{piece.end}".encode()
-            attributes = stream + _uid(uid)
-            if piece.part >= 0:
-                attributes += otlp.attributes({"skyrl.part": piece.part})
-                if piece.last:
-                    attributes += _LAST
-            if piece.torn:
-                attributes += _TORN
-            moment = marks[mark].value - (marks[mark].offset - piece.end)  # agent/moments.py
-            record = otlp.text_record(moment, piece.body if plain else _shown(piece.body), attributes)
-            records.append(record)
-            size += len(record)
-        if records:
-            sections.append(Section(self.identities[index].value, tuple(records), size))
-        return sections
+    def _reader_here(self) -> Reader:
+        if self._reader is None or self._reader_of != self.generation:
+            prefix = f"{self.writer_id}/{self.name}/{self.generation}/".encode()
+            self._reader = Reader(prefix, _ATTRIBUTES[self.name], skip_markers=self.skip_markers)
+            self._reader_of = self.generation
+        return self._reader
 
     # -- after the answer ----------------------------------------------------------------------------------------------
 
@@ -521,13 +523,13 @@ class TextFile:
             return 0, ""
         found = os.fstat(self._fd)
         data = os.pread(self._fd, 8192, max(found.st_size - 8192, 0)).strip(b"\0\r\n\t ")
-        lines = [line for line in data.split(b"\n") if line.strip() and not _MARKER.match(line)]
+        lines = [line for line in data.split(b"\n") if line.strip() and not MARKER.match(line)]
         return (found.st_mtime_ns, lines[-1][-500:].decode("utf-8", "replace").strip()) if lines else (0, "")
 
     def kept_decisions(self) -> list[Decision]:
         """What a rewritten journal must still hold of this file."""
         own = [self.generation_decision] if self.generation_decision else []
-        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses]
+        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses, *self.zones]
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -544,6 +546,8 @@ class TextFile:
             self.losses = [loss for loss in self.losses if loss.offset + loss.value["bytes"] > acked]
         while len(self.identities) > 1 and self.identities[1].offset <= acked:
             self.identities.pop(0)
+        while len(self.zones) > 2 and self.zones[2].offset <= acked:
+            self.zones.pop(0)
 
 
 def _is_of_bytes_gone(decision: Decision) -> bool:
@@ -556,24 +560,3 @@ def _first_data(descriptor: int) -> int:
         return os.lseek(descriptor, 0, os.SEEK_DATA) // _BLOCK * _BLOCK
     except OSError:  # ENXIO: no data at all
         return 0
-
-
-_UID_KEY = otlp.field(b"\x0a", b"log.record.uid")
-
-
-def _uid(uid: bytes) -> bytes:
-    size = len(uid)
-    if size > 100:
-        return otlp.attributes({"log.record.uid": uid.decode()})
-    inner = _UID_KEY + b"\x12%c\x0a%c%b" % (size + 2, size, uid)
-    return b"\x32%c%b" % (len(inner), inner)
-
-
-def _shown(body: bytes) -> bytes:
-    if b"\0" in body:
-        body = body.replace(b"\0", "\ufffd".encode())
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return body.decode("utf-8", "replace").encode()
-    return body
