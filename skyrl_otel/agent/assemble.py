@@ -160,7 +160,7 @@ def _character_end(data: bytes, position: int, limit: int) -> int:
     return limit
 
 
-_MOSTCHILDREN = 64
+_MOST_CHILDREN = 64
 
 
 def _mark_torn(pieces: list[Piece], state: State, cuts: Sequence[int]) -> tuple[list[Piece], State]:
@@ -230,5 +230,5 @@ def remembered(children: tuple[bytes, ...], owner: bytes) -> tuple[bytes, ...]:
 def _remember(children: dict[bytes, None], owner: bytes) -> None:
     if owner not in children:
         children[owner] = None
-        if len(children) > _MOSTCHILDREN:
+        if len(children) > _MOST_CHILDREN:
             children.pop(next(iter(children)))

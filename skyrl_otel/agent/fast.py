@@ -15,12 +15,17 @@ from skyrl_otel.agent.block import Block, Context, Learned
 from skyrl_otel.agent.recognise import Matcher, Recogniser
 
 _MOST_HEADERS = 4096
-_LONGEST_BODY = 4096
+_LONGEST_BODY = 2048
 
-_VARINTS = [otlp.varint(size) for size in range(2 * _LONGEST_BODY)]
-_BODIES = [
-    b"\x2a" + otlp.varint(1 + len(otlp.varint(size)) + size) + b"\x0a" + otlp.varint(size) for size in range(_LONGEST_BODY)
+_VARINTS = [otlp.varint(size) for size in range(4 * _LONGEST_BODY)]
+_Known = tuple[bytes, "list[bytes | None]"]
+_BODIES: list[bytes | None] = [
+    b"\x2a" + otlp.varint(1 + len(otlp.varint(size)) + size) + b"\x0a" + otlp.varint(size) if size else None
+    for size in range(_LONGEST_BODY)
 ]
+"""What stands before a body, by its length; None where there is none."""
+
+_MOST_TABLES = 64
 _fixed64 = struct.Struct("<Q").pack
 
 
@@ -34,7 +39,8 @@ class Fast:
     def __init__(self, prefix: bytes, recogniser: Recogniser) -> None:
         self._prefix = prefix
         self._recogniser = recogniser
-        self._uids: dict[int, bytes] = {}
+        self._rest = 0
+        self._lengths: dict[int, list[bytes | None]] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -46,7 +52,7 @@ class Fast:
         self.prefixed = 0
 
     def _forget_times(self) -> None:
-        self._known: dict[bytes, bytes] = {}
+        self._known: dict[bytes, _Known] = {}
         self._marks = (0, 1 << 64)
         self._zones: tuple[int, int] | None = None
 
@@ -63,33 +69,41 @@ class Fast:
             self._zones = context.zones
         if self._matcher is None:
             return next(lines, None), start, 0
-        digits = len(str(start))
-        ceiling = 10**digits
-        uid = self._uid(2 * digits)
-        rest = len(uid) + 2 * digits + 1 + 9  # the uid, the "-" in it, the observed time
-        observed = b"\x59" + _fixed64(context.mark)
-        layout = b"\x12%b%b%b%b" + uid.replace(b"%", b"%%") + b"%d-%d" + observed.replace(b"%", b"%%")
+        layout, rest = self._layout(len(str(start)), context.mark)
+        if rest != self._rest:
+            self._rest, self._known = rest, {}
         records = block.records_for(context.identity, self._scope)
         before = len(records)
-        append, get, varints, bodies, stop = records.append, self._known.get, _VARINTS, _BODIES, self._stop
+        append, known, bodies, stop = records.append, self._known, _BODIES, self._stop
         for line in lines:
             head, _, body = line.partition(stop)
-            size = len(body)
-            end = start + len(line) + 1
-            known = get(head)
-            if known is None or not size:
-                known = self._recall(head, context) if size else None
-                if known is None:
+            try:
+                fields, lengths = known[head]
+                size = len(body)
+                end = start + len(line) + 1
+                # TypeError where the body is empty, as it is without a stop: the tables have None for that.
+                append(layout % (lengths[size], fields, bodies[size], body, start, end))
+            except (KeyError, IndexError, TypeError):
+                size, end = len(body), start + len(line) + 1
+                recalled = self._recall(head, context) if 0 < size < _LONGEST_BODY else None
+                if recalled is None:
                     return line, start, len(records) - before
-                get = self._known.get
-            if end >= ceiling or size >= _LONGEST_BODY:
-                return line, start, len(records) - before
-            opening = bodies[size]
-            append(layout % (varints[len(known) + len(opening) + size + rest], known, opening, body, start, end))
+                fields, lengths = recalled
+                append(layout % (lengths[size], fields, bodies[size], body, start, end))
+                known = self._known
             start = end
         return None, start, len(records) - before
 
-    def _recall(self, head: bytes, context: Context) -> bytes | None:
+    def _layout(self, digits: int, mark: int) -> tuple[bytes, int]:
+        """A record whose uid's numbers have so many digits, as a template for length, fields, body and offsets; and the
+        bytes of it that are the same for all."""
+        size = len(self._prefix) + 2 * digits + 1
+        uid = otlp.attributes({"log.record.uid": "x" * size})[:-size] + self._prefix
+        observed = b"\x59" + _fixed64(mark)
+        layout = b"\x12%b%b%b%b" + uid.replace(b"%", b"%%") + b"%d-%d" + observed.replace(b"%", b"%%")
+        return layout, len(uid) + 2 * digits + 1 + len(observed)
+
+    def _recall(self, head: bytes, context: Context) -> _Known | None:
         """What a header means of which all but the time was met before."""
         assert self._matcher is not None
         match = self._matcher.whole.fullmatch(head + self._stop)
@@ -119,22 +133,28 @@ class Fast:
             return
         if len(self._fields) >= _MOST_HEADERS:
             self._fields.clear()
+        if len(header.fields) > _LONGEST_BODY:
+            return
         self._fields[self._matcher.identity_of_whole(match)] = header.fields
         self._keep(line[:size], header.time, header.holds, header.fields, context)
 
-    def _keep(self, head: bytes, time: int, holds: tuple[int, int], fields: bytes, context: Context) -> bytes:
+    def _keep(self, head: bytes, time: int, holds: tuple[int, int], fields: bytes, context: Context) -> _Known:
         low, high = max(self._marks[0], holds[0]), min(self._marks[1], holds[1])
         if len(self._known) >= _MOST_HEADERS or not low <= context.mark < high:
             self._forget_times()
             low, high = holds
         self._marks, self._zones = (low, high), context.zones
-        known = self._known[head] = b"\x09" + _fixed64(time) + fields
+        opening = b"\x09" + _fixed64(time) + fields
+        known = self._known[head] = (opening, self._lengths_for(len(opening) + self._rest))
         return known
 
-    def _uid(self, digits: int) -> bytes:
-        """The attribute of a uid whose two numbers have so many digits, up to the first of them."""
-        if digits not in self._uids:
-            size = len(self._prefix) + digits + 1
-            whole = otlp.attributes({"log.record.uid": "x" * size})
-            self._uids[digits] = whole[:-size] + self._prefix
-        return self._uids[digits]
+    def _lengths_for(self, rest: int) -> list[bytes | None]:
+        """The encoded length of a record, by the length of its body, where all but the body has `rest` bytes."""
+        lengths = self._lengths.get(rest)
+        if lengths is None:
+            if len(self._lengths) >= _MOST_TABLES:
+                self._lengths.clear()
+            lengths = self._lengths[rest] = [
+                _VARINTS[size + len(body) + rest] if body else None for size, body in enumerate(_BODIES)
+            ]
+        return lengths

@@ -213,12 +213,16 @@ def _runs(data: bytes, end: int, base: int, view: View) -> Iterator[tuple[int, i
 
 
 def _ranges(data: bytes, end: int, base: int, view: View, fast: bool) -> Iterator[tuple[int, int, Context, bool]]:
-    """`_runs`, for the fast way divided at the lines that may begin an event by their message, which it must not see."""
+    """`_runs`, for the fast way divided at the lines that it must not see: those that may begin an event by their message,
+    and one at which the offsets in the uids grow by a digit."""
+    growth = 10 ** len(str(base)) - 1 - base
     for start, stop, context in _runs(data, end, base, view):
         low = start
         while low < stop:
             at = data.find(TRIGGER, low, stop) if fast else -1
-            if at < 0:
+            if low <= growth < (stop if at < 0 else at):
+                at = growth
+            if at < 0 or not fast:
                 yield low, stop, context, fast
                 break
             line = data.rfind(b"\n", low, at) + 1 or low
@@ -226,6 +230,7 @@ def _ranges(data: bytes, end: int, base: int, view: View, fast: bool) -> Iterato
                 yield low, line, context, True
             low = data.find(b"\n", at) + 1
             yield line, low, context, False
+            growth = 10 ** len(str(base + low)) - 1 - base
 
 
 class _Contexts:
