@@ -33,6 +33,7 @@ _NATIVE = re.compile(
     rb"\s+\S|#\d+ |frame #\d+|PC: @|@ |\*\*\* |Stack trace|\[address_space|Exception raised from |Aborted at |what\(\):"
     rb"|Current thread|Thread 0x|Extension modules:|Python runtime state:|<no Python frame>|C stack trace|\[failure_signal"
 )
+_LOGURU_FRAME = b"> File "
 _OPENERS, _CLOSERS = b"{[(:", b"}])"
 TRIGGER = TRACEBACK[:-1]
 """What makes a line with a header begin an event although the header does not, where the format repeats its header."""
@@ -95,9 +96,10 @@ class Event:
 
     def add(self, line: Line) -> bool:
         """Take `line` if it belongs here."""
-        if line.header is not None and not self._is_own(line.header):
+        repeated = line.header is not None and not line.header.format.keep
+        if repeated and not self._is_own(line.header):
             return False
-        if self._bytes + len(line.text) >= EVENT_BYTES or not self._continues(line.text, line.header is not None):
+        if self._bytes + len(line.text) >= EVENT_BYTES or not self._continues(line.text, repeated):
             return False
         if self.ranges[-1][1] == line.start:
             self.ranges[-1] = (self.ranges[-1][0], line.end)
@@ -114,10 +116,11 @@ class Event:
         """Nothing can follow."""
         return self._phase == "done"
 
-    def _is_own(self, header: Header) -> bool:
+    def _is_own(self, header: Header | None) -> bool:
         mine = self.header
         return (
             mine is not None
+            and header is not None
             and mine.format is header.format
             and mine.format.repeats
             and mine.static.fields == header.static.fields
@@ -132,7 +135,7 @@ class Event:
         if self.kind == "group":
             return text.lstrip()[:1] in (b"|", b"+") or self._continues_chain(text)
         if self._phase == "frames":
-            if text[:1] in b" \t":  # the empty text too
+            if text[:1] in b" \t" or text.startswith(_LOGURU_FRAME):  # the empty text too
                 return True
             if _RAISED.match(text) is None:
                 return False

@@ -83,6 +83,7 @@ class Agent:
         self.reader = Reader(PREFIX, STREAM, fast=fast)
         self.position, self.state = 0, State()
         self.sent: dict[int, list[bytes]] = {}
+        self.scopes: dict[int, bytes] = {}
         self.stops = [(0, State())]
 
     def read(self, written: Written, upto: int, budget: int = 1 << 20) -> None:
@@ -94,13 +95,15 @@ class Agent:
                 result = self.reader.read(data, self.position, self.state, view, one=True)
             if result.end == self.position:
                 return
-            self.keep([record for section in result.sections for record in section.records])
+            for section in result.sections:
+                self.keep(section.records, section.scope)
             self.position, self.state = result.end, State.from_json(result.state.to_json())
             self.stops.append((self.position, self.state))
 
-    def keep(self, records: list[bytes]) -> None:
+    def keep(self, records: tuple[bytes, ...], scope: bytes) -> None:
         for record in records:
             start = start_of(record)
+            assert self.scopes.setdefault(start, scope) == scope
             assert self.sent.setdefault(start, [record]) == [record], "read twice, differently"
 
     def crash(self, back: int) -> None:
