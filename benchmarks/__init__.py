@@ -18,6 +18,8 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("fd", "benchmarks.fd", "what a write to a captured fd costs next to a plain redirect"),
-    Benchmark("agent", "benchmarks.agent", "how many lines a second the agent reads, next to the stock collector's tailer"),
+    Benchmark(
+        "agent", "benchmarks.agent", "how many lines a second the agent reads, next to the stock collector's tailer"
+    ),
     Benchmark("attach", "benchmarks.attach", "what attaching adds to a worker's start"),
 )

@@ -44,6 +44,10 @@ _PLACES = (
 )
 
 # regex_parser with time and severity, as its documentation shows; the message stays an attribute, which saves it a `move`.
+_REGEX = (
+    r"^\((?P<child>\w+) pid=(?P<pid>\d+)\) (?P<level>[A-Z]+) (?P<time>\d\d-\d\d \d\d:\d\d:\d\d) "
+    r"\[(?P<logger>[^\]]+)\] (?P<message>.*)$"
+)
 FILE_LOG = r"""
 receivers:
   file_log:
@@ -51,7 +55,7 @@ receivers:
     start_at: beginning
     operators:
       - type: regex_parser
-        regex: '^\((?P<child>\w+) pid=(?P<pid>\d+)\) (?P<level>[A-Z]+) (?P<time>\d\d-\d\d \d\d:\d\d:\d\d) \[(?P<logger>[^\]]+)\] (?P<message>.*)$'
+        regex: '{regex}'
         timestamp: {{parse_from: attributes.time, layout: '%m-%d %H:%M:%S'}}
         severity: {{parse_from: attributes.level}}
 exporters:
@@ -151,7 +155,7 @@ def measure_file_log(root: Path, corpus: Path, lines: int, otelcol: str) -> dict
     root.mkdir()
     with Sink(root / "sink") as sink:
         config = root / "config.yaml"
-        config.write_text(FILE_LOG.format(path=corpus, port=sink.port))
+        config.write_text(FILE_LOG.format(path=corpus, port=sink.port, regex=_REGEX))
         env = {**os.environ, "GOMAXPROCS": "1", "TZ": "UTC"}
         command = ["taskset", "-c", "0", otelcol, "--config", f"file:{config}"]
         return sink.measure(command, env, lines)

@@ -14,7 +14,9 @@ from typing import NamedTuple
 PART_BYTES = 256 * 1024
 """Loki's default limit of a line (`max_line_size`); a longer line becomes parts."""
 
-WHOLE_BYTES = PART_BYTES // 3  # a line up to this is never cut: each byte that is not UTF-8 becomes the 3 bytes of U+FFFD
+WHOLE_BYTES = (
+    PART_BYTES // 3
+)  # a line up to this is never cut: each byte that is not UTF-8 becomes the 3 bytes of U+FFFD
 
 # What vLLM's formatter (envs.VLLM_LOGGING_PREFIX, "(EngineCore pid=28789) ") puts before every line of a child.
 CHILD = re.compile(rb"\((?P<name>[A-Za-z_][\w.-]{0,40}) pid=(?P<pid>\d{1,10})\) ")

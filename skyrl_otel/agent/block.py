@@ -80,7 +80,7 @@ class _Place(NamedTuple):
     """Where the record of an open event will stand, and what was known when it began."""
 
     group: int
-    index: int
+    at: int
     children: tuple[bytes, ...]
     fields: bytes
     observed: int
@@ -195,7 +195,7 @@ class Block:
         self._write(piece.start, piece.end, message, header, fields, extra, context)
 
     def _child(self, text: bytes) -> tuple[Child | None, bytes]:
-        child = self._recogniser.child(text) if text[:1] == b"(" else None
+        child = self._recogniser.child(text) if text[:1] in b"([" else None
         return child, text if child is None else text[len(child.prefix) :]
 
     def _fields(self, header: Header | None, child: Child | None) -> bytes:
@@ -273,10 +273,8 @@ class Block:
         event, place = self._open.pop(key), self._places.pop(key)
         time = event.mark if event.header is None else event.header.time
         start, end = event.ranges[0]
-        record = self._record(
-            time, place.fields, event.body(), start, end, encoded_attributes(event), place.observed
-        )
-        self._groups[place.group].records[place.index] = record
+        record = self._record(time, place.fields, event.body(), start, end, encoded_attributes(event), place.observed)
+        self._groups[place.group].records[place.at] = record
         self._taken += [(event.start, taken) for taken in event.ranges[1:]]
 
     def _is_claimed(self, start: int) -> bool:
@@ -293,7 +291,7 @@ class Block:
             key = min(self._open, key=lambda key: self._open[key].start)
             place, end = self._places[key], self._open[key].start
             last = groups[place.group]
-            groups = [*groups[: place.group], last._replace(records=last.records[: place.index])]
+            groups = [*groups[: place.group], last._replace(records=last.records[: place.at])]
             children = place.children
         claimed = [taken for began, taken in self._taken if began < end and taken[1] > end]
         claimed += [taken for taken in self._claimed if taken[1] > end]

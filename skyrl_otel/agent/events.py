@@ -79,7 +79,7 @@ class Event:
         self.ranges: list[tuple[int, int]] = [(line.start, line.end)]
         self.texts = [line.text]
         self._bytes = len(line.text)
-        self._phase = "frames" if kind == "traceback" else ""
+        self._phase = {"traceback": "frames", "group": "group"}.get(kind, "")
 
     def has_expired(self, start: int, mark: int) -> bool:
         """Whether no line from `start` on can belong to it."""
@@ -132,26 +132,32 @@ class Event:
         if self.kind == "warning":
             self._phase = "done"
             return text[:1] in b" \t" and bool(text)
-        if self.kind == "group":
-            return text.lstrip()[:1] in (b"|", b"+") or self._continues_chain(text)
-        if self._phase == "frames":
-            if text[:1] in b" \t" or text.startswith(_LOGURU_FRAME):  # the empty text too
-                return True
-            if _RAISED.match(text) is None:
-                return False
-            self._phase = "raised"
-            return True
         if text.startswith(TRACEBACK) or _GROUP.match(text):
-            self._phase = "frames"
+            # Behind a message or the sentence that chains them. Right behind another one it is another process's.
+            if self._phase not in ("", "chained"):
+                return False
+            self._phase = "frames" if text.startswith(TRACEBACK) else "group"
             return True
-        if self._phase == "raised":
-            return self._continues_chain(text) or repeated
+        if self._phase == "frames":
+            return self._continues_frames(text)
+        if self._phase == "group" and text.lstrip()[:1] in (b"|", b"+"):
+            return True
+        if self._phase:
+            if text in _CHAINED:
+                self._phase = "chained"
+                return True
+            return repeated or not text or text[:1] in b" \t"
         if self.kind == "native":
             return not text or _NATIVE.match(text) is not None
         return bool(text) and (text[:1] in b" \t" or (not repeated and _NATIVE.match(text) is not None))
 
-    def _continues_chain(self, text: bytes) -> bool:
-        return not text or text[:1] in b" \t" or text in _CHAINED
+    def _continues_frames(self, text: bytes) -> bool:
+        if text[:1] in b" \t" or text.startswith(_LOGURU_FRAME):  # the empty text too
+            return True
+        if _RAISED.match(text) is None:
+            return False
+        self._phase = "raised"
+        return True
 
     def _continues_block(self, text: bytes) -> bool:
         if not text:
@@ -183,7 +189,11 @@ class Event:
             if self.texts[number][:1] not in b" \t" and self.texts[number - 1][:1] in b" \t":
                 raised = _RAISED.match(self.texts[number]) or raised
         if raised is None and _GROUP.match(self.texts[first]):
-            inside = (text.lstrip(b" |+") for text in self.texts[first + 1 :] if text.startswith(b"  | ") and text[4:5] != b" ")
+            inside = (
+                text.lstrip(b" |+")
+                for text in self.texts[first + 1 :]
+                if text.startswith(b"  | ") and text[4:5] != b" "
+            )
             raised = next((match for text in inside if (match := _RAISED.match(text))), None)
         stack = b"\n".join(self.texts[first:]).rstrip(b"\n").decode("utf-8", "replace")
         found: dict[str, Value] = {"exception.stacktrace": _shortened(stack)}

@@ -14,7 +14,7 @@ from skyrl_otel.agent import otlp
 from skyrl_otel.agent.block import Block, Context, Learned
 from skyrl_otel.agent.recognise import Matcher, Recogniser
 
-_MOST_HEADERS = 4096
+_MOST_HEADERS = 1024
 _LONGEST_BODY = 2048
 
 _VARINTS = [otlp.varint(size) for size in range(4 * _LONGEST_BODY)]
@@ -25,7 +25,8 @@ _BODIES: list[bytes | None] = [
 ]
 """What stands before a body, by its length; None where there is none."""
 
-_MOST_TABLES = 64
+_MOST_TABLES = 128
+_lengths: dict[int, list[bytes | None]] = {}  # of all streams: constants, made when first needed
 _fixed64 = struct.Struct("<Q").pack
 
 
@@ -40,7 +41,6 @@ class Fast:
         self._prefix = prefix
         self._recogniser = recogniser
         self._rest = 0
-        self._lengths: dict[int, list[bytes | None]] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -56,9 +56,7 @@ class Fast:
         self._marks = (0, 1 << 64)
         self._zones: tuple[int, int] | None = None
 
-    def take(
-        self, lines: Iterator[bytes], start: int, context: Context, block: Block
-    ) -> tuple[bytes | None, int, int]:
+    def take(self, lines: Iterator[bytes], start: int, context: Context, block: Block) -> tuple[bytes | None, int, int]:
         """Records of the next lines as long as their headers are known.
 
         Returns:
@@ -145,16 +143,17 @@ class Fast:
             low, high = holds
         self._marks, self._zones = (low, high), context.zones
         opening = b"\x09" + _fixed64(time) + fields
-        known = self._known[head] = (opening, self._lengths_for(len(opening) + self._rest))
+        known = self._known[head] = (opening, _lengths_for(len(opening) + self._rest))
         return known
 
-    def _lengths_for(self, rest: int) -> list[bytes | None]:
-        """The encoded length of a record, by the length of its body, where all but the body has `rest` bytes."""
-        lengths = self._lengths.get(rest)
-        if lengths is None:
-            if len(self._lengths) >= _MOST_TABLES:
-                self._lengths.clear()
-            lengths = self._lengths[rest] = [
-                _VARINTS[size + len(body) + rest] if body else None for size, body in enumerate(_BODIES)
-            ]
-        return lengths
+
+def _lengths_for(rest: int) -> list[bytes | None]:
+    """The encoded length of a record, by the length of its body, where all but the body has `rest` bytes."""
+    lengths = _lengths.get(rest)
+    if lengths is None:
+        if len(_lengths) >= _MOST_TABLES:
+            _lengths.clear()
+        lengths = _lengths[rest] = [
+            _VARINTS[size + len(body) + rest] if body else None for size, body in enumerate(_BODIES)
+        ]
+    return lengths

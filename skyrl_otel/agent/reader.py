@@ -23,6 +23,7 @@ from skyrl_otel.agent.fast import Fast
 from skyrl_otel.agent.recognise import Recogniser
 from skyrl_otel.spool.decisions import Decision
 
+
 class View(NamedTuple):
     """The decisions about one file, each list by offset."""
 
@@ -54,7 +55,9 @@ class Reader:
         self._next: tuple[int, State] | None = None
         self._fast = Fast(prefix, self._recogniser)
 
-    def read(self, data: bytes, base: int, state: State, view: View, *, most: int = 1 << 30, one: bool = False) -> Result:
+    def read(
+        self, data: bytes, base: int, state: State, view: View, *, most: int = 1 << 30, one: bool = False
+    ) -> Result:
         """The records that are complete in `data`.
 
         Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from skyrl_otel.agent import otlp, times
@@ -18,6 +19,8 @@ from skyrl_otel.agent.otlp import Value
 
 # "(EngineCore pid=28789) " by vLLM's formatter, "(Actor pid=4711, ip=10.0.0.2) " by Ray in a driver.
 _CHILD = re.compile(rb"\(([^()\n]{1,80}?) pid=(\d{1,10})(?:, ip=([0-9a-fA-F.:]{2,45}))?\) ")
+# "[rank0]: Traceback" by torch.distributed's excepthook, "[rank0]:[W1121 ..." by c10, "[default0]:" by torchrun's tee.
+_RANK = re.compile(rb"\[([a-z_]{1,20}\d{1,6})\]: ?")
 _PREFIX = rb"\([^()\n]{1,80}? pid=\d{1,10}(?:, ip=[0-9a-fA-F.:]{2,45})?\) "
 
 TEXT_SCOPE = otlp.scope("skyrl_otel.text")
@@ -39,7 +42,7 @@ class Static(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A prefix that names the child process that wrote the line; `fields` are its attributes, encoded."""
+    """A prefix that names the process that wrote the line, or its rank; `fields` are its attributes, encoded."""
 
     prefix: bytes
     fields: bytes
@@ -67,13 +70,8 @@ class Matcher:
 
     def __init__(self, format: Format) -> None:
         self.format = format
-        # A group that never takes part stands in for those that the format lacks: one call gets them all.
-        self.pattern = re.compile(b"(?:%b)(?P<none>(?!)x)?" % format.pattern)
-        self.whole = re.compile(b"(?P<prefix>%b)?%b" % (_PREFIX, self.pattern.pattern))
-        self._times = _indices(self.pattern, _TIME_GROUPS)
-        self._statics = _indices(self.pattern, _STATIC_GROUPS)
-        self._whole_times = _indices(self.whole, _TIME_GROUPS)
-        self._whole_statics = _indices(self.whole, ("prefix", *_STATIC_GROUPS))
+        self.pattern, self.whole, indices = _compiled(format.pattern)
+        self._times, self._statics, self._whole_times, self._whole_statics = indices
         self._clock = times.Clock(format.date) if format.date else None
         self._known: dict[object, Static] = {}
 
@@ -111,9 +109,7 @@ class Matcher:
         time, holds = self._time(when, fraction, zone, epoch, mark, zones)
         return (time, holds) if times.is_believed(time, mark) else None
 
-    def _header(
-        self, end: int, static: Static, time: int, holds: Marks, message: bytes | None, mark: int
-    ) -> Header:
+    def _header(self, end: int, static: Static, time: int, holds: Marks, message: bytes | None, mark: int) -> Header:
         if mark - times.BEHIND <= time <= mark + times.AHEAD:
             return Header(self.format, self, end, static, time, holds, message, True)
         stated = otlp.attributes({"skyrl.stated_time_unix_nano": time})
@@ -157,14 +153,16 @@ class Recogniser:
 
     def child(self, line: bytes) -> Child | None:
         """The prefix of a line that begins with one."""
-        match = _CHILD.match(line)
+        match = _CHILD.match(line) or _RANK.match(line)
         if match is None:
             return None
         known = self._children.get(match[0])
         if known is None:
-            attributes: dict[str, Value] = {"process.pid": int(match[2]), "skyrl.child": match[1].decode()}
-            if match[3]:
-                attributes["skyrl.child.ip"] = match[3].decode()
+            attributes: dict[str, Value] = {"skyrl.child": match[1].decode()}
+            if match.re is _CHILD:
+                attributes = {"process.pid": int(match[2]), **attributes}
+                if match[3]:
+                    attributes["skyrl.child.ip"] = match[3].decode()
             if len(self._children) >= _MOST_STATIC:
                 self._children.clear()
             known = self._children[match[0]] = Child(match[0], otlp.attributes(attributes))
@@ -192,6 +190,23 @@ class Recogniser:
                 candidates.insert(0, matcher)
             return found
         return None
+
+
+_Indices = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@lru_cache(256)
+def _compiled(pattern: bytes) -> tuple[re.Pattern[bytes], re.Pattern[bytes], _Indices]:
+    # A group that never takes part stands in for those that the format lacks: one call gets them all.
+    header = re.compile(b"(?:%b)(?P<none>(?!)x)?" % pattern)
+    whole = re.compile(b"(?P<prefix>%b)?%b" % (_PREFIX, header.pattern))
+    indices = (
+        _indices(header, _TIME_GROUPS),
+        _indices(header, _STATIC_GROUPS),
+        _indices(whole, _TIME_GROUPS),
+        _indices(whole, ("prefix", *_STATIC_GROUPS)),
+    )
+    return header, whole, indices
 
 
 def _indices(pattern: re.Pattern[bytes], names: Sequence[str]) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ _FIELDS: Mapping[str, str] = {
 }
 _MONTHS = {name: number for number, name in enumerate(calendar.month_abbr) if name} | {"": 0}
 _ZONE = re.compile(rb"\s*(?:(Z|UTC)|([+-])(\d{2}):?(\d{2}))$")
-_EPOCH = datetime.datetime(1970, 1, 1)
+# Naive on purpose: fields as they stand, in whatever zone that will turn out to be.
+_EPOCH = datetime.datetime(1970, 1, 1)  # noqa: DTZ001
 
 
 class Clock:
@@ -131,6 +132,6 @@ def _readings(fields: Mapping[str, bytes], here: datetime.datetime) -> list[date
 
 def _date(year: int, month: int, day: int) -> datetime.datetime | None:
     try:
-        return datetime.datetime(year, month, day)
+        return datetime.datetime(year, month, day)  # noqa: DTZ001
     except ValueError:
         return None

@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,11 +129,9 @@ def received(records: list[bytes]) -> list[Received]:
     return decode(otlp.resource_logs(otlp.resource({}), [otlp.scope_logs(b"", records)]))
 
 
-def write(choice: st.DataObject, atoms: list[int]) -> Written:
+def write(dice: random.Random, atoms: list[int]) -> Written:
     """The atoms in some writes, looked at after each; sometimes what waits is cut."""
     written = Written(identities=[Decision(0, "out", 0, 0, "identity", 0)])
-    seed = choice.draw(st.integers(0, 1 << 32))
-    dice = random.Random(seed)
     left = [ATOMS[atom].replace(b"%d", b"%d" % dice.randrange(9)) for atom in atoms]
     while left:
         count = dice.choice([1, 2, 5, 30])
@@ -166,11 +165,21 @@ def check_ranges(written: Written, found: list[Received]) -> None:
     assert position == len(written.data)
 
 
-@settings(max_examples=800, deadline=None)
-@given(texts, st.data())
-def test_any_cut_any_crash_and_either_way_give_the_same_records(atoms: list[int], choice: st.DataObject) -> None:
-    written = write(choice, atoms)
-    dice = random.Random(choice.draw(st.integers(0, 1 << 32)))
+CASES = 20
+"""Ways to cut, to crash and to read that are tried of each text: 10⁴ cases, and 10⁶ under the profile "fuzz"."""
+TEXTS = 500 if settings().max_examples < 1000 else 50_000
+
+
+@pytest.mark.timeout(max(120, TEXTS // 4))
+@settings(max_examples=TEXTS, deadline=None)
+@given(texts, st.integers(0, 1 << 32))
+def test_any_cut_any_crash_and_either_way_give_the_same_records(atoms: list[int], seed: int) -> None:
+    for case in range(CASES):
+        check_case(atoms, random.Random(seed + case))
+
+
+def check_case(atoms: list[int], dice: random.Random) -> None:
+    written = write(dice, atoms)
     whole = Agent()
     whole.read(written, len(written.data))
     assert whole.position == len(written.data)
@@ -189,7 +198,7 @@ def test_any_cut_any_crash_and_either_way_give_the_same_records(atoms: list[int]
     assert pieces.records == whole.records
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=TEXTS, deadline=None)
 @given(st.binary(max_size=300), st.data())
 def test_any_bytes_are_read_to_the_end(data: bytes, choice: st.DataObject) -> None:
     written = Written(identities=[Decision(0, "out", 0, 0, "identity", 0)])

@@ -53,7 +53,8 @@ NCCL = Format(
     name="nccl",
     first=b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789[",
     pattern=rb"(?:\[(?P<when>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] )?(?![12]\d{3}-\d\d-\d\d )[\w.\-]{1,253}:(?P<pid>\d{1,10}):"
-    rb"(?P<thread>\d{1,10}) \[-?\d{1,4}\] (?:(?P<file>[\w./\-]{1,200}):(?P<line>\d{1,7}) )?NCCL (?P<level>INFO|WARN|TRACE|ERROR) ",
+    rb"(?P<thread>\d{1,10}) \[-?\d{1,4}\] (?:(?P<file>[\w./\-]{1,200}):(?P<line>\d{1,7}) )?"
+    rb"NCCL (?P<level>INFO|WARN|TRACE|ERROR) ",
     date="%Y-%m-%d %H:%M:%S",
     scope="nccl",
 )
@@ -61,7 +62,8 @@ NCCL = Format(
 SGLANG = Format(
     name="sglang",
     first=b"[",
-    pattern=rb"\[(?P<when>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(?P<fraction>\d{3}))?(?P<thread>(?: (?:DP|TP|PP|EP|MoEDP)\d{1,4})*)\] "
+    pattern=rb"\[(?P<when>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(?P<fraction>\d{3}))?"
+    rb"(?P<thread>(?: (?:DP|TP|PP|EP|MoEDP)\d{1,4})*)\] "
     rb"(?![\w.\-]{1,253}:\d{1,10}:\d{1,10} \[)",
     date="%Y-%m-%d %H:%M:%S",
     scope="sglang",
@@ -79,7 +81,8 @@ LAST_WORDS = Format(
 STALLED = Format(
     name="faulthandler-timeout",
     first=b"TC",
-    pattern=rb"(?:Timeout \(\d{1,4}:\d\d:\d\d(?:\.\d{1,6})?\)!$|(?:Current thread|Thread) 0x[0-9a-f]{4,16} .{0,100}\(most recent call first\):)",
+    pattern=rb"(?:Timeout \(\d{1,4}:\d\d:\d\d(?:\.\d{1,6})?\)!$|"
+    rb"(?:Current thread|Thread) 0x[0-9a-f]{4,16} .{0,100}\(most recent call first\):)",
     level="ERROR",
     kind="native",
     keep=True,

@@ -65,7 +65,12 @@ def _time(stated: Any) -> tuple[int | None, bytes, bytes, bytes]:
     if isinstance(stated, int | float) and not isinstance(stated, bool) and 1e9 < stated < 1e19:
         scale = 1_000_000_000 if stated < 1e11 else 1_000_000 if stated < 1e14 else 1
         # A float has 100 ns or so at this size; a decimal that was written is not made longer.
-        return (stated * scale if isinstance(stated, int) else round(stated * 1e6) * 1000 * scale // 10**9), b"", b"", b""
+        return (
+            (stated * scale if isinstance(stated, int) else round(stated * 1e6) * 1000 * scale // 10**9),
+            b"",
+            b"",
+            b"",
+        )
     match = _ISO.match(stated) if isinstance(stated, str) else None
     if match is None:
         return None, b"", b"", b""

@@ -9,7 +9,8 @@ from skyrl_otel.agent.formats.format import Format
 VLLM = Format(
     name="vllm",
     first=b"DIWEC",
-    pattern=rb"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) (?P<when>\d\d-\d\d \d\d:\d\d:\d\d) \[?(?P<file>[^\s\]:]{1,80}):(?P<line>\d{1,6})\] ",
+    pattern=rb"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) (?P<when>\d\d-\d\d \d\d:\d\d:\d\d) "
+    rb"\[?(?P<file>[^\s\]:]{1,80}):(?P<line>\d{1,6})\] ",
     date="%m-%d %H:%M:%S",
     stop=b"] ",
     scope="vllm",

@@ -1,7 +1,7 @@
 """Makes the samples: real programs log, and say beside it what they logged.
 
-`python make.py NAME` with NAME's program installed writes `NAME-VERSION.log` and `NAME-VERSION.jsonl`. A line of the latter is what
-a program meant by one event: severity, logger, message, the second it happened, and the exception's type if there was one.
+`python make.py NAME` with NAME's program installed writes `NAME-VERSION.log` and `NAME-VERSION.jsonl`. A line of the
+latter is what a program meant by one event: severity, logger, message, when, and the exception's type if there was one.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def make_torch() -> None:
     expect("warning", "triton not found; flop counting will not work for triton kernels", "glog")
     import torch._logging
     import torch.distributed.elastic.utils.logging
-    import torch.utils.flop_counter  # noqa: F401
+    import torch.utils.flop_counter
 
     assert torch.__version__
 
