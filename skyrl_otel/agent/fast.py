@@ -53,6 +53,7 @@ class Fast:
 
     def _forget_times(self) -> None:
         self._known: dict[bytes, _Known] = {}
+        self._times: dict[bytes, bytes] = {}
         self._marks = (0, 1 << 64)
         self._zones: tuple[int, int] | None = None
 
@@ -110,15 +111,22 @@ class Fast:
         fields = self._fields.get(self._matcher.identity_of_whole(match))
         if fields is None:
             return None
+        time = self._times.get(match["when"])
+        if time is not None and len(self._known) < _MOST_HEADERS:
+            opening = time + fields
+            known = self._known[head] = (opening, _lengths_for(len(opening) + self._rest))
+            return known
         found = self._matcher.time_of_whole(match, context.mark, context.zones)
         if found is None:
             return None
-        return self._keep(head, *found, fields, context)
+        known = self._keep(head, *found, fields, context)
+        self._times[match["when"]] = b"\x09" + _fixed64(found[0])
+        return known
 
     def learn(self, line: bytes, header: Learned, context: Context) -> None:
         """Keep the header of `line`, if it is one that will come again."""
         size = header.end - len(header.stop)
-        if line.find(header.stop) != size:
+        if line.find(header.stop) != size or not header.matcher.is_whole_second:
             return
         sort = (header.stop, header.scope, header.prefixed)
         if self._matcher is None:

@@ -29,7 +29,7 @@ class View(NamedTuple):
 
     marks: Sequence[Decision]
     identities: Sequence[Decision]
-    cuts: Sequence[int]
+    cuts: list[int]
     zones: Sequence[Decision]
 
 

@@ -72,6 +72,8 @@ class Matcher:
         self.format = format
         self.pattern, self.whole, indices = _compiled(format.pattern)
         self._times, self._statics, self._whole_times, self._whole_statics = indices
+        # Only `when` says the time, so lines of one second have the same.
+        self.is_whole_second = set(_TIME_GROUPS) & set(self.pattern.groupindex) == {"when"}
         self._clock = times.Clock(format.date) if format.date else None
         self._known: dict[object, Static] = {}
 

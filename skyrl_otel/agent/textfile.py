@@ -381,7 +381,8 @@ class TextFile:
             return
         if waits and self._event_waits and idle >= EVENT_NS:
             self._cut_events()
-        if idle < min(PARTIAL_S, BAR_S) * 1e9 and not self._bar_since:
+        first = bisect.bisect_right(self.marks, self.sent.offset, key=lambda mark: mark.offset)
+        if now - self.marks[first].value < PARTIAL_S * 1e9:
             return
         end = os.pread(self._fd, _LAST_BYTES, max(self.seen - _LAST_BYTES, self.sent.offset))
         partial = end[end.rfind(b"\n") + 1 :]
@@ -423,23 +424,18 @@ class TextFile:
             if loss.offset > start:
                 limit = min(limit, loss.offset)
                 break
-        before = min(start, _TAIL_BYTES)
-        wanted = min(limit - start, max(budget, _READ_BYTES))
-        data = os.pread(self._fd, before + wanted, start - before)
-        if len(data) < before + wanted or (self.sent.tail and zlib.crc32(data[:before]) != self.sent.tail):
-            if len(data) == before + wanted:
-                self._replaced(self.seen, "overwritten by its writer")
-            return None, []
-        data = data[before:]
-        cuts = [cut.offset for cut in self.cuts if cut.offset > start]
-        if limit < self.seen and start + wanted == limit:
-            cuts.append(limit)  # the line in front of a given-up range ends where that begins
         most = max(budget // _RECORD_OVERHEAD, 1)
         reader, state = self._reader_here(), State.from_json(self.sent.state)
-        view = View(self.marks, self.identities, cuts, self.zones)
-        result = reader.read(data[:budget], start, state, view, most=most)
-        if result.end == start and len(data) > budget:
-            result = reader.read(data, start, state, view, one=True)
+        view = View(self.marks, self.identities, [cut.offset for cut in self.cuts if cut.offset > start], self.zones)
+        for size in (budget, max(budget, _READ_BYTES)):
+            data = self._read(start, min(limit - start, size))
+            if data is None:
+                return None, []
+            if limit < self.seen and start + len(data) == limit:
+                view.cuts.append(limit)  # the line in front of a given-up range ends where that begins
+            result = reader.read(data, start, state, view, most=most, one=size > budget)
+            if result.end > start or start + len(data) == limit:
+                break
         if result.end == start:
             self._partial_at = self._here
             self._event_waits = result.waits
@@ -448,6 +444,17 @@ class TextFile:
         tail = zlib.crc32(os.pread(self._fd, min(end, _TAIL_BYTES), max(end - _TAIL_BYTES, 0)))
         self.sent = Position(self.generation, end, result.state.to_json(), tail)
         return Move(self, before_position, self.sent), result.sections
+
+    def _read(self, start: int, size: int) -> bytes | None:
+        """The bytes from `start` on, if those before are the ones that were read; else a new generation begins."""
+        before = min(start, _TAIL_BYTES)
+        data = os.pread(self._fd, before + size, start - before)
+        if len(data) < before + size:
+            return None
+        if self.sent.tail and zlib.crc32(data[:before]) != self.sent.tail:
+            self._replaced(self.seen, "overwritten by its writer")
+            return None
+        return data[before:]
 
     def _skip(self, loss: Decision) -> tuple[Move | None, list[Section]]:
         before = self.sent

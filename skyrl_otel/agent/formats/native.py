@@ -48,17 +48,19 @@ ZAP = Format(
     date="%Y-%m-%dT%H:%M:%S",
     scope="zap",
 )
-# src/debug.cc of NCCL 2.2x: "%s:%d:%d [%d] NCCL INFO ", "\n[%s] %s:%d:%d [%d] %s:%d NCCL WARN " with a time on warnings.
+# Not run here, from NCCL's src/debug.cc (0456df2), ncclDebugLogV: "%s:%d:%d [%d] NCCL INFO ", "[%F %T] %s:%d:%d [%d] %s:%d (%s)
+# NCCL WARN " behind an empty line.
 NCCL = Format(
     name="nccl",
     first=b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789[",
     pattern=rb"(?:\[(?P<when>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] )?(?![12]\d{3}-\d\d-\d\d )[\w.\-]{1,253}:(?P<pid>\d{1,10}):"
-    rb"(?P<thread>\d{1,10}) \[-?\d{1,4}\] (?:(?P<file>[\w./\-]{1,200}):(?P<line>\d{1,7}) )?"
+    rb"(?P<thread>\d{1,10}) \[-?\d{1,4}\] (?:(?P<file>[\w./\-]{1,200}):(?P<line>\d{1,7}) (?:\((?P<function>[^)\s]{1,120})\) )?)?"
     rb"NCCL (?P<level>INFO|WARN|TRACE|ERROR) ",
     date="%Y-%m-%d %H:%M:%S",
     scope="nccl",
 )
-# python/sglang/srt/utils/common.py of SGLang 0.5, configure_logger: "[%(asctime)s{prefix}] %(message)s", prefix " TP0" and so on.
+# Not run here, from SGLang's python/sglang/srt/utils, configure_logger: "[%(asctime)s{prefix}] %(message)s" with prefixes
+# such as " TP0", and no level.
 SGLANG = Format(
     name="sglang",
     first=b"[",
