@@ -21,5 +21,7 @@ BENCHMARKS = (
     Benchmark(
         "agent", "benchmarks.agent", "how many lines a second the agent reads, next to the stock collector's tailer"
     ),
+    Benchmark("latency", "benchmarks.latency", "how long a line is under way from write(2) to the receiver"),
+    Benchmark("idle", "benchmarks.idle", "what the agent costs with 1,000 writers, quiet and active"),
     Benchmark("attach", "benchmarks.attach", "what attaching adds to a worker's start"),
 )

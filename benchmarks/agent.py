@@ -23,7 +23,7 @@ from typing import Any
 
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 
-from benchmarks.sink import bodies
+from benchmarks.sink import arrivals
 from skyrl_otel.agent import start
 from skyrl_otel.spool import layout, library, token
 from skyrl_otel.spool.token import Shipping
@@ -177,16 +177,16 @@ class Sink:
         sender = subprocess.Popen(command, env=env, stdout=sys.stderr)
         try:
             self._wait_until_quiet(sender)
-            pids = _tree(sender.pid)
-            cpu_s = sum(map(_cpu_s, pids))
-            rss_mb = sum(map(_peak_rss_mb, pids))
+            pids = tree(sender.pid)
+            took_s = sum(map(cpu_s, pids))
+            rss_mb = sum(map(peak_rss_mb, pids))
         finally:
-            for pid in reversed(_tree(sender.pid)):
+            for pid in reversed(tree(sender.pid)):
                 os.kill(pid, signal.SIGKILL)
             sender.wait()
         found = self._path.stat()
         return {
-            "lines_per_s": lines / cpu_s,
+            "lines_per_s": lines / took_s,
             "wall_lines_per_s": lines / (found.st_mtime - began),
             "rss_mb": rss_mb,
             "sent": found.st_size,
@@ -210,18 +210,20 @@ class Sink:
         self._process.wait()
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
     """`pid` and its descendants, parents first."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(found for child in children for found in _tree(int(child)))]
+    return [pid, *(found for child in children for found in tree(int(child)))]
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
+    """Processor seconds of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _peak_rss_mb(pid: int) -> float:
+def peak_rss_mb(pid: int) -> float:
+    """The most memory a process had."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
@@ -232,7 +234,7 @@ def _peak_rss_mb(pid: int) -> float:
 def seen(path: Path, fields: Callable[[Any, Any], tuple[Any, ...]]) -> Seen:
     """Everything in a sink, as (second, severity, pid, file and line, message)."""
     found = Seen()
-    for body in bodies(path):
+    for _, body in arrivals(path):
         for resource_logs in ExportLogsServiceRequest.FromString(body).resource_logs:
             for scope_logs in resource_logs.scope_logs:
                 for record in scope_logs.log_records:

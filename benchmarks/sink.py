@@ -1,7 +1,7 @@
 """A receiver that takes everything, keeps the bytes and says yes; a process of its own, so that it costs the sender nothing.
 
-`python -m benchmarks.sink FILE` prints its port. FILE gets each body, its length before it as u32le; it is read back by
-`bodies`.
+`python -m benchmarks.sink FILE` prints its port. FILE gets each body, before it its length as u32le and when it was
+all there, in nanoseconds, as u64le; it is read back by `arrivals`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import http.server
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_length = struct.Struct("<I")
+_head = struct.Struct("<IQ")
 
 
-def bodies(path: Path) -> Iterator[bytes]:
-    """The bodies in `path`, in the order they came."""
+def arrivals(path: Path) -> Iterator[tuple[int, bytes]]:
+    """When each body in `path` came, and the body."""
     with path.open("rb") as file:
-        while size := file.read(4):
-            yield file.read(_length.unpack(size)[0])
+        while head := file.read(_head.size):
+            size, at = _head.unpack(head)
+            yield at, file.read(size)
 
 
 def main(path: str) -> None:
@@ -32,7 +34,7 @@ def main(path: str) -> None:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            file.write(_length.pack(len(body)) + body)
+            file.write(_head.pack(len(body), time.time_ns()) + body)
             self.send_response(200)
             self.send_header("Content-Type", "application/x-protobuf")
             self.send_header("Content-Length", "0")
