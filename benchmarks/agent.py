@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def run(quick: bool) -> dict[str, object]:
     otelcol = subprocess.run([ROOT / "scripts" / "build-file-log"], stdout=subprocess.PIPE, text=True, check=True)
     with tempfile.TemporaryDirectory(prefix="sk-agent-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
         root = Path(folder)
-        corpus = root / "corpus.log"
+        corpus, mixture = root / "corpus.log", root / "mixed.log"
+        mixed = measure_agent(root / "mixed", mixture, write_mixture(mixture, lines // 10))
         headers = write_corpus(corpus, lines)
         size = corpus.stat().st_size
         ours = measure_agent(root / "ours", corpus, lines)
@@ -109,6 +111,7 @@ def run(quick: bool) -> dict[str, object]:
         "wall_lines_per_s": round(ours["wall_lines_per_s"]),
         "wall_file_log_lines_per_s": round(peer["wall_lines_per_s"]),
         "same_records": same,
+        "mixed_lines_per_s_core": round(mixed["lines_per_s"]),
         "records": mine.records,
         "lines": lines,
         "distinct_headers": headers,
@@ -133,6 +136,32 @@ def write_corpus(path: Path, lines: int) -> int:
             headers.add(header)
             file.write(f"{header}{message.format(n=number, k=number % 77)}\n")
     return len(headers)
+
+
+def write_mixture(path: Path, lines: int) -> int:
+    """Real output of all formats, a few lines of one after a few of another, as of today; the number of lines."""
+    samples = sorted((ROOT / "tests" / "data" / "formats").glob("*.log"))
+    texts = [_of_today(sample.read_bytes()).splitlines(keepends=True) for sample in samples]
+    random_ = random.Random(1)
+    written = 0
+    with path.open("wb") as file:
+        while written < lines:
+            text = texts[random_.randrange(len(texts))]
+            at = random_.randrange(len(text))
+            few = text[at : at + random_.randrange(1, 9)]
+            file.writelines(few)
+            written += len(few)
+    return written
+
+
+def _of_today(text: bytes) -> bytes:
+    # The samples were made on one day, at about one hour; a time more than a day old is not believed.
+    now = time.gmtime(time.time() - 3600)
+    found = re.search(rb"(20\d\d)-(\d\d)-(\d\d)", text)
+    if found:
+        text = text.replace(found[0], time.strftime("%Y-%m-%d", now).encode())
+    text = re.sub(rb"\b\d\d-\d\d (?=\d\d:\d\d:\d\d \[)", time.strftime("%m-%d ", now).encode(), text)
+    return re.sub(rb"([ T])\d\d(?=:\d\d:\d\d)", rb"\g<1>" + time.strftime("%H", now).encode(), text)
 
 
 def measure_agent(root: Path, corpus: Path, lines: int) -> dict[str, float]:

@@ -213,18 +213,21 @@ class Block:
         self, time: int, fields: bytes, body: bytes, start: int, end: int, extra: bytes, observed: int
     ) -> bytes:
         size = len(body)
-        text = b"\x0a" + otlp.varint(size) + body
-        uid = b"%b%d-%d" % (self._prefix, start, end)
-        record = b"\x09%b%b\x2a%b%b%b%b\x59%b" % (
+        opening = otlp.BODIES[size] if size < otlp.LONGEST_BODY else None
+        if opening is None:
+            opening = b"\x2a%b\x0a%b" % (otlp.varint(1 + len(otlp.varint(size)) + size), otlp.varint(size))
+        uid = _uid(b"%b%d-%d" % (self._prefix, start, end))
+        rest = b"\x09%b%b%b%b%b%b\x59%b" % (
             _fixed64(time),
             fields,
-            otlp.varint(len(text)),
-            text,
-            _uid(uid),
+            opening,
+            body,
+            uid,
             extra,
             _fixed64(observed),
         )
-        return b"\x12" + otlp.varint(len(record)) + record
+        total = len(rest)
+        return b"\x12" + (otlp.LENGTHS[total] if total < len(otlp.LENGTHS) else otlp.varint(total)) + rest
 
     # -- events --------------------------------------------------------------------------------------------------------
 

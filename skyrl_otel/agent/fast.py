@@ -15,16 +15,9 @@ from skyrl_otel.agent.block import Block, Context, Learned
 from skyrl_otel.agent.recognise import Matcher, Recogniser
 
 _MOST_HEADERS = 1024
-_LONGEST_BODY = 2048
 
-_VARINTS = [otlp.varint(size) for size in range(4 * _LONGEST_BODY)]
+_VARINTS, _BODIES, _LONGEST_BODY = otlp.LENGTHS, otlp.BODIES, otlp.LONGEST_BODY
 _Known = tuple[bytes, "list[bytes | None]"]
-_BODIES: list[bytes | None] = [
-    b"\x2a" + otlp.varint(1 + len(otlp.varint(size)) + size) + b"\x0a" + otlp.varint(size) if size else None
-    for size in range(_LONGEST_BODY)
-]
-"""What stands before a body, by its length; None where there is none."""
-
 _MOST_TABLES = 128
 _lengths: dict[int, list[bytes | None]] = {}  # of all streams: constants, made when first needed
 _fixed64 = struct.Struct("<Q").pack

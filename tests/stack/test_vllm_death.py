@@ -38,6 +38,7 @@ def test_each_process_has_one_record_with_its_whole_traceback(node: Node, tmp_pa
     )
     assert done.returncode == 1
     folder.close()
+    node.folders.remove(folder)
     node.receiver.wait(lambda: bool(node.receiver.events("skyrl.process.end")), 30)
 
     errors = [record for record in node.receiver.lines() if record.severity >= 17]
