@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from skyrl_otel.agent import assemble
@@ -37,6 +38,12 @@ class _Odd(Exception):
     """This block is not just whole lines."""
 
 
+@lru_cache(1)
+def _shared() -> Recogniser:
+    # Of all streams, for it remembers nothing that belongs to one; a thousand of them would take 60 MB.
+    return Recogniser()
+
+
 class Reader:
     """Reads one text file of a writer, block after block.
 
@@ -50,7 +57,7 @@ class Reader:
         self._prefix = prefix
         self._attributes = attributes
         self._skip_markers = skip_markers
-        self._recogniser = Recogniser()
+        self._recogniser = _shared()
         self._may_be_fast = fast
         self._next: tuple[int, State] | None = None
         self._fast = Fast(prefix, self._recogniser)

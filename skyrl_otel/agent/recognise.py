@@ -143,7 +143,7 @@ class Matcher:
 
 
 class Recogniser:
-    """The formats of one stream and what was worked out of its headers so far."""
+    """The formats, and what was worked out of headers so far. For one thread."""
 
     def __init__(self, formats: Sequence[Format] = FORMATS) -> None:
         self._by_first: list[list[Matcher]] = [[] for _ in range(256)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -53,7 +54,11 @@ ATOMS = [
     b"y" * 500,
     b"%d pid=",
 ]
-texts = st.lists(st.integers(0, len(ATOMS) - 1), max_size=60)
+DATA = Path(__file__).parent.parent / "data" / "formats"
+for path in sorted(DATA.glob("*.log")):
+    for line in path.read_bytes().split(b"\n")[:4]:
+        ATOMS += [line.replace(b"%", b"#") + b"\n", line[: len(line) // 2].replace(b"%", b"#")]
+texts = st.lists(st.integers(0, 27) | st.integers(0, len(ATOMS) - 1), max_size=60)
 
 
 @dataclass
