@@ -17,6 +17,7 @@ from skyrl_otel.agent import otlp
 from skyrl_otel.agent.assemble import Piece, State, remembered
 from skyrl_otel.agent.events import MOST_OPEN, Event, Line, encoded_attributes, kind_of
 from skyrl_otel.agent.recognise import TEXT_SCOPE, Child, Header, Matcher, Recogniser
+from skyrl_otel.agent.times import LATE_GRAIN
 
 MARKER = re.compile(rb":(?:job_id|actor_name|task_name):|skyrl-otel: output of this actor is recorded")
 """Lines of Ray and of ours that are no output of anybody."""
@@ -27,15 +28,20 @@ _ERROR = b"\x10\x11" + otlp.field(b"\x1a", b"ERROR")
 _LAST = otlp.attributes({"skyrl.part.last": True})
 _TORN = otlp.attributes({"skyrl.torn": True})
 _UID_KEY = otlp.field(b"\x0a", b"log.record.uid")
-_fixed64 = struct.Struct("<Q").pack
+times = struct.Struct("<cQcQ").pack
+"""The fields time_unix_nano and observed_time_unix_nano."""
 
 
 class Context(NamedTuple):
-    """What decisions say of a line: its mark, its identity, and the seconds east of UTC in force there and before."""
+    """What decisions say of a line: its mark, its identity, and the seconds east of UTC in force there and before.
+
+    `lag` and the offset of its end make its moment (agent/moments.py).
+    """
 
     mark: int
     identity: int
     zones: tuple[int, int]
+    lag: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +150,12 @@ class Block:
         if self._skip_markers and raw[:1] in b":s" and MARKER.match(raw):
             return None
         text, hidden = (raw, 0) if plain else shown(raw)
+        moment = context.lag + end
         child, rest = self._child(text)
-        header = self._recogniser.header(rest, context.mark, context.zones)
+        header = self._recogniser.header(rest, moment, context.zones)
         message = rest if header is None else _message(rest, header)
         key = child.prefix if child else b""
-        line = Line(start, end, message, header, context.mark)
+        line = Line(start, end, message, header, moment)
         if self._open and self._belongs(key, line):
             return None
         kind = kind_of(message, header)
@@ -160,7 +167,7 @@ class Block:
         self._write(start, end, message, header, fields, extra, context)
         if header is None or not header.format.stop or hidden:
             return None
-        if not header.believed:
+        if not header.believed or header.grain != LATE_GRAIN:
             return None
         size, prefixed = header.end + len(key), int(child is not None)
         return Learned(
@@ -173,14 +180,14 @@ class Block:
             self.line(piece.start, piece.end, piece.body, context, plain=False)
             return
         if self._open:
-            self._expire(piece.start, context.mark)
+            self._expire(piece.start, context.lag + piece.end)
         if self._skip_markers and piece.body[:1] in b":s" and MARKER.match(piece.body):
             return
         text, hidden = shown(piece.body)
         header, fields = None, b""
         if piece.part <= 0:
             child, text = self._child(text)
-            header = self._recogniser.header(text, context.mark, context.zones)
+            header = self._recogniser.header(text, context.lag + piece.end, context.zones)
             fields = self._fields(header, child)
         extra = b""
         if piece.part >= 0:
@@ -205,9 +212,14 @@ class Block:
     def _write(
         self, start: int, end: int, message: bytes, header: Header | None, fields: bytes, extra: bytes, context: Context
     ) -> None:
-        scope, time = (TEXT_SCOPE, context.mark) if header is None else (header.static.scope, header.time)
-        record = self._record(time, fields, message, start, end, extra, context.mark)
-        self.records_for(context.identity, scope).append(record)
+        moment = context.lag + end
+        if header is None:
+            # The shape that collector/wire.py reads without a decoder.
+            attributes = fields + _uid(b"%b%d-%d" % (self._prefix, start, end)) + extra
+            self.records_for(context.identity, TEXT_SCOPE).append(otlp.text_record(moment, message, attributes))
+            return
+        record = self._record(header.time + end % header.grain, fields, message, start, end, extra, moment)
+        self.records_for(context.identity, header.static.scope).append(record)
 
     def _record(
         self, time: int, fields: bytes, body: bytes, start: int, end: int, extra: bytes, observed: int
@@ -217,15 +229,7 @@ class Block:
         if opening is None:
             opening = b"\x2a%b\x0a%b" % (otlp.varint(1 + len(otlp.varint(size)) + size), otlp.varint(size))
         uid = _uid(b"%b%d-%d" % (self._prefix, start, end))
-        rest = b"\x09%b%b%b%b%b%b\x59%b" % (
-            _fixed64(time),
-            fields,
-            opening,
-            body,
-            uid,
-            extra,
-            _fixed64(observed),
-        )
+        rest = b"%b%b%b%b%b%b" % (times(b"\x09", time, b"\x59", observed), fields, opening, body, uid, extra)
         total = len(rest)
         return b"\x12" + (otlp.LENGTHS[total] if total < len(otlp.LENGTHS) else otlp.varint(total)) + rest
 
@@ -254,7 +258,7 @@ class Block:
             fields = (_ERROR if event.is_error else b"") + fields
         scope = TEXT_SCOPE if header is None else header.static.scope
         records = self.records_for(context.identity, scope)
-        place = _Place(len(self._groups) - 1, len(records), self._children, fields, context.mark)
+        place = _Place(len(self._groups) - 1, len(records), self._children, fields, event.mark)
         records.append(b"")
         self._open[key], self._places[key] = event, place
 
@@ -274,8 +278,9 @@ class Block:
 
     def _close(self, key: bytes) -> None:
         event, place = self._open.pop(key), self._places.pop(key)
-        time = event.mark if event.header is None else event.header.time
         start, end = event.ranges[0]
+        header = event.header
+        time = event.mark if header is None else header.time + event.first_end % header.grain
         record = self._record(time, place.fields, event.body(), start, end, encoded_attributes(event), place.observed)
         self._groups[place.group].records[place.at] = record
         self._taken += [(event.start, taken) for taken in event.ranges[1:]]

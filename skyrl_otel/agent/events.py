@@ -68,13 +68,27 @@ def kind_of(text: bytes, header: Header | None) -> Kind:
 class Event:
     """An event that is still open. `key` is the prefix of its process, `ranges` are the bytes of its lines."""
 
-    __slots__ = ("_bytes", "_last_mark", "_phase", "end", "header", "key", "kind", "mark", "ranges", "start", "texts")
+    __slots__ = (
+        "_bytes",
+        "_last_mark",
+        "_phase",
+        "end",
+        "first_end",
+        "header",
+        "key",
+        "kind",
+        "mark",
+        "ranges",
+        "start",
+        "texts",
+    )
 
     def __init__(self, key: bytes, kind: Kind, line: Line) -> None:
         self.key = key
         self.kind = kind
         self.header = line.header
         self.start, self.end = line.start, line.end
+        self.first_end = line.end
         self.mark = self._last_mark = line.mark
         self.ranges: list[tuple[int, int]] = [(line.start, line.end)]
         self.texts = [line.text]

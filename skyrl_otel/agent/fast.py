@@ -7,20 +7,20 @@ one match puts it together with what is known of the rest.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 from skyrl_otel.agent import otlp
-from skyrl_otel.agent.block import Block, Context, Learned
+from skyrl_otel.agent.block import Block, Context, Learned, times
 from skyrl_otel.agent.recognise import Matcher, Recogniser
+from skyrl_otel.agent.times import LATE_GRAIN
 
 _MOST_HEADERS = 1024
 
 _VARINTS, _BODIES, _LONGEST_BODY = otlp.LENGTHS, otlp.BODIES, otlp.LONGEST_BODY
-_Known = tuple[bytes, "list[bytes | None]"]
+_Known = tuple[bytes, "list[bytes | None]", int]
 _MOST_TABLES = 128
 _lengths: dict[int, list[bytes | None]] = {}  # of all streams: constants, made when first needed
-_fixed64 = struct.Struct("<Q").pack
+_TIMES_BYTES = len(times(b"\x09", 0, b"\x59", 0))
 
 
 class Fast:
@@ -46,7 +46,7 @@ class Fast:
 
     def _forget_times(self) -> None:
         self._known: dict[bytes, _Known] = {}
-        self._times: dict[bytes, bytes] = {}
+        self._times: dict[bytes, int] = {}
         self._marks = (0, 1 << 64)
         self._zones: tuple[int, int] | None = None
 
@@ -56,46 +56,68 @@ class Fast:
         Returns:
             The first line that is not known (None at the end of the lines), its offset, and how many were taken.
         """
-        if not self._marks[0] <= context.mark < self._marks[1] or context.zones != self._zones:
+        first = context.lag + start
+        if first < self._marks[0] or context.mark >= self._marks[1] or context.zones != self._zones:
             self._forget_times()
             self._zones = context.zones
         if self._matcher is None:
             return next(lines, None), start, 0
-        layout, rest = self._layout(len(str(start)), context.mark)
+        layout, rest = self._layout(len(str(start)))
         if rest != self._rest:
             self._rest, self._known = rest, {}
         records = block.records_for(context.identity, self._scope)
         before = len(records)
         append, known, bodies, stop = records.append, self._known, _BODIES, self._stop
+        lag, grain, pack = context.lag, LATE_GRAIN, times
         for line in lines:
             head, _, body = line.partition(stop)
             try:
-                fields, lengths = known[head]
+                fields, lengths, second = known[head]
                 size = len(body)
                 end = start + len(line) + 1
                 # TypeError where the body is empty, as it is without a stop: the tables have None for that.
-                append(layout % (lengths[size], fields, bodies[size], body, start, end))
+                append(
+                    layout
+                    % (
+                        lengths[size],
+                        pack(b"\x09", second + end % grain, b"\x59", lag + end),
+                        fields,
+                        bodies[size],
+                        body,
+                        start,
+                        end,
+                    )
+                )
             except (KeyError, IndexError, TypeError):
                 size, end = len(body), start + len(line) + 1
-                recalled = self._recall(head, context) if 0 < size < _LONGEST_BODY else None
+                recalled = self._recall(head, context, first) if 0 < size < _LONGEST_BODY else None
                 if recalled is None:
                     return line, start, len(records) - before
-                fields, lengths = recalled
-                append(layout % (lengths[size], fields, bodies[size], body, start, end))
+                fields, lengths, second = recalled
+                append(
+                    layout
+                    % (
+                        lengths[size],
+                        pack(b"\x09", second + end % grain, b"\x59", lag + end),
+                        fields,
+                        bodies[size],
+                        body,
+                        start,
+                        end,
+                    )
+                )
                 known = self._known
             start = end
         return None, start, len(records) - before
 
-    def _layout(self, digits: int, mark: int) -> tuple[bytes, int]:
-        """A record whose uid's numbers have so many digits, as a template for length, fields, body and offsets; and the
+    def _layout(self, digits: int) -> tuple[bytes, int]:
+        """A record whose uid's numbers have so many digits, as a template for length, times, fields, body and offsets; and the
         bytes of it that are the same for all."""
         size = len(self._prefix) + 2 * digits + 1
         uid = otlp.attributes({"log.record.uid": "x" * size})[:-size] + self._prefix
-        observed = b"\x59" + _fixed64(mark)
-        layout = b"\x12%b%b%b%b" + uid.replace(b"%", b"%%") + b"%d-%d" + observed.replace(b"%", b"%%")
-        return layout, len(uid) + 2 * digits + 1 + len(observed)
+        return b"\x12%b%b%b%b%b" + uid.replace(b"%", b"%%") + b"%d-%d", len(uid) + 2 * digits + 1 + _TIMES_BYTES
 
-    def _recall(self, head: bytes, context: Context) -> _Known | None:
+    def _recall(self, head: bytes, context: Context, first: int) -> _Known | None:
         """What a header means of which all but the time was met before."""
         assert self._matcher is not None
         match = self._matcher.whole.fullmatch(head + self._stop)
@@ -106,18 +128,19 @@ class Fast:
             return None
         time = self._times.get(match["when"])
         if time is not None and len(self._known) < _MOST_HEADERS:
-            opening = time + fields
-            known = self._known[head] = (opening, _lengths_for(len(opening) + self._rest))
+            known = self._known[head] = (fields, _lengths_for(len(fields) + self._rest), time)
             return known
-        found = self._matcher.time_of_whole(match, context.mark, context.zones)
+        found = self._matcher.time_of_whole(match, first, context.zones)
         if found is None:
             return None
-        known = self._keep(head, *found, fields, context)
-        self._times[match["when"]] = b"\x09" + _fixed64(found[0])
-        return known
+        time, holds = found
+        kept = self._keep(head, time, holds, fields, context, first)
+        if kept is not None:
+            self._times[match["when"]] = time
+        return kept
 
-    def learn(self, line: bytes, header: Learned, context: Context) -> None:
-        """Keep the header of `line`, if it is one that will come again."""
+    def learn(self, line: bytes, start: int, header: Learned, context: Context) -> None:
+        """Keep the header of `line`, which begins at `start`, if it is one that will come again."""
         size = header.end - len(header.stop)
         if line.find(header.stop) != size or not header.matcher.is_whole_second:
             return
@@ -135,16 +158,19 @@ class Fast:
         if len(header.fields) > _LONGEST_BODY:
             return
         self._fields[self._matcher.identity_of_whole(match)] = header.fields
-        self._keep(line[:size], header.time, header.holds, header.fields, context)
+        self._keep(line[:size], header.time, header.holds, header.fields, context, context.lag + start)
 
-    def _keep(self, head: bytes, time: int, holds: tuple[int, int], fields: bytes, context: Context) -> _Known:
+    def _keep(
+        self, head: bytes, time: int, holds: tuple[int, int], fields: bytes, context: Context, first: int
+    ) -> _Known | None:
+        if not holds[0] <= first <= context.mark < holds[1]:
+            return None
         low, high = max(self._marks[0], holds[0]), min(self._marks[1], holds[1])
-        if len(self._known) >= _MOST_HEADERS or not low <= context.mark < high:
+        if len(self._known) >= _MOST_HEADERS or not low <= first <= context.mark < high:
             self._forget_times()
             low, high = holds
         self._marks, self._zones = (low, high), context.zones
-        opening = b"\x09" + _fixed64(time) + fields
-        known = self._known[head] = (opening, _lengths_for(len(opening) + self._rest))
+        known = self._known[head] = (fields, _lengths_for(len(fields) + self._rest), time)
         return known
 
 

@@ -120,9 +120,9 @@ class Reader:
                     after = position + len(line) + 1
                     _refuse_odd(line, block)
                     header = block.line(position, after, line, context, plain=plain)
-                    position = after
                     if quick is not None and header is not None and not block.is_open:
-                        quick.learn(line, header, context)
+                        quick.learn(line, position, header, context)
+                    position = after
                     if one and not block.is_open:
                         return block.finish(position)
         except _Odd:
@@ -266,7 +266,8 @@ class _Contexts:
             self._key = key
             known = [zone.value for zone in self._zones[max(self._zone - 2, 0) : self._zone]]
             zones = (known[-1], known[0]) if known else (0, 0)
-            self._current = Context(self._marks[self._mark].value, self._identities[self._identity].value, zones)
+            mark = self._marks[self._mark]
+            self._current = Context(mark.value, self._identities[self._identity].value, zones, mark.value - mark.offset)
         return self._current
 
     @property

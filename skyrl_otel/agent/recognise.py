@@ -52,7 +52,8 @@ class Header(NamedTuple):
     """The header of one line. `end` is where the message begins, `holds` under which marks `time` is what it means.
 
     `message` replaces what follows `end`, where a format's fields are not in order. Not `believed`: its time is the mark's,
-    and what it says is an attribute.
+    and what it says is an attribute. A record's time is `time` and its offset modulo `grain`, which is what the format leaves
+    open: so lines of one second or millisecond keep their order and no two share a time.
     """
 
     format: Format
@@ -63,6 +64,7 @@ class Header(NamedTuple):
     holds: Marks
     message: bytes | None
     believed: bool
+    grain: int
 
 
 class Matcher:
@@ -88,18 +90,18 @@ class Matcher:
             static = self._known[key] = _static(self.format, groups)
         when, fraction, zone, epoch = match.group(*self._times)
         end = 0 if self.format.keep else match.end()
-        time, holds = self._time(when, fraction, zone, epoch, mark, zones)
-        return self._header(end, static, time, holds, None, mark)
+        time, holds, grain = self._time(when, fraction, zone, epoch, mark, zones)
+        return self._header(end, static, time, holds, None, mark, grain)
 
     def header_from(self, parsed: Parsed, mark: int, zones: tuple[int, int]) -> Header:
         """What the format's `parse` found."""
         groups = {name: value for name, value in (("level", parsed.level), ("logger", parsed.logger)) if value}
         static = _static(self.format, groups, parsed.attributes)
         if parsed.time_ns is not None:
-            time, holds = parsed.time_ns, (mark, mark + 1)
+            time, holds, grain = parsed.time_ns, (mark, mark + 1), 1000
         else:
-            time, holds = self._time(parsed.when, parsed.fraction, parsed.zone, None, mark, zones)
-        return self._header(0, static, time, holds, parsed.message, mark)
+            time, holds, grain = self._time(parsed.when, parsed.fraction, parsed.zone, None, mark, zones)
+        return self._header(0, static, time, holds, parsed.message, mark, grain)
 
     def identity_of_whole(self, match: re.Match[bytes]) -> object:
         """All that a match of `whole` says but the time: the child's prefix, level, file and so on."""
@@ -108,15 +110,17 @@ class Matcher:
     def time_of_whole(self, match: re.Match[bytes], mark: int, zones: tuple[int, int]) -> tuple[int, Marks] | None:
         """The time that a match of `whole` says and the marks for which it says that; None if it is not to be believed."""
         when, fraction, zone, epoch = match.group(*self._whole_times)
-        time, holds = self._time(when, fraction, zone, epoch, mark, zones)
-        return (time, holds) if times.is_believed(time, mark) else None
+        time, holds, grain = self._time(when, fraction, zone, epoch, mark, zones)
+        return (time, holds) if grain == times.LATE_GRAIN and times.is_believed(time, mark) else None
 
-    def _header(self, end: int, static: Static, time: int, holds: Marks, message: bytes | None, mark: int) -> Header:
+    def _header(
+        self, end: int, static: Static, time: int, holds: Marks, message: bytes | None, mark: int, grain: int
+    ) -> Header:
         if mark - times.BEHIND <= time <= mark + times.AHEAD:
-            return Header(self.format, self, end, static, time, holds, message, True)
+            return Header(self.format, self, end, static, time, holds, message, True, grain)
         stated = otlp.attributes({"skyrl.stated_time_unix_nano": time})
         static = static._replace(fields=static.fields + stated)
-        return Header(self.format, self, end, static, mark, (mark, mark + 1), message, False)
+        return Header(self.format, self, end, static, mark, (mark, mark + 1), message, False, 1)
 
     def _time(
         self,
@@ -126,20 +130,22 @@ class Matcher:
         epoch: bytes | None,
         mark: int,
         zones: tuple[int, int],
-    ) -> tuple[int, Marks]:
+    ) -> tuple[int, Marks, int]:
         if epoch:
             seconds, _, decimals = epoch.partition(b".")
-            return int(seconds) * times.SECOND + times.fraction_ns(decimals), (mark, mark + 1)
+            time = int(seconds) * times.SECOND + times.fraction_ns(decimals)
+            return time, (mark, mark + 1), 10 ** max(9 - len(decimals), 0)
         found = self._clock.second(when, zone, mark, zones) if when and self._clock is not None else None
         if found is None:
-            return mark, (mark, mark + 1)
+            return mark, (mark, mark + 1), 1
         second, low, high = found
         if fraction:
-            return second + times.fraction_ns(fraction), (mark, mark + 1)
+            return second + times.fraction_ns(fraction), (mark, mark + 1), 10 ** max(9 - len(fraction), 0)
         if mark < second + times.SECOND:
-            return times.part_of_second(second, mark), (mark, mark + 1)
+            return times.part_of_second(second, mark), (mark, mark + 1), 1 if mark >= second else times.LATE_GRAIN
         low, high = max(low, second + times.SECOND), min(high, second + times.BEHIND)
-        return second + times.SECOND - 1, (low, high) if low <= mark < high else (mark, mark + 1)
+        time = second + times.SECOND - times.LATE_GRAIN
+        return time, (low, high) if low <= mark < high else (mark, mark + 1), times.LATE_GRAIN
 
 
 class Recogniser:

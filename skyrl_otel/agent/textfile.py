@@ -20,8 +20,8 @@ from skyrl_otel.agent import assemble, otlp
 from skyrl_otel.agent.assemble import State
 from skyrl_otel.agent.block import MARKER, Section
 from skyrl_otel.agent.events import EVENT_NS
-from skyrl_otel.agent.reader import Reader, View
 from skyrl_otel.agent.moments import Moments
+from skyrl_otel.agent.reader import Reader, View
 from skyrl_otel.spool.checkpoint import Position
 from skyrl_otel.spool.decisions import Decision
 from skyrl_otel.spool.layout import open_file, punch

@@ -17,6 +17,9 @@ DAY = 86_400 * SECOND
 AHEAD, BEHIND = 300 * SECOND, DAY
 """A time further ahead of its mark, or behind it, is not believed."""
 
+LATE_GRAIN = 1_000_000
+"""A line that was seen after its second ended is put into the last millisecond of it, by its offset."""
+
 _NEAR = 100 * DAY
 _MOST = 4096
 _FIELDS: Mapping[str, str] = {

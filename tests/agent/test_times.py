@@ -8,7 +8,7 @@ import pytest
 
 from skyrl_otel.agent.assemble import State
 from skyrl_otel.agent.reader import Reader, View
-from skyrl_otel.agent.times import SECOND, Clock
+from skyrl_otel.agent.times import LATE_GRAIN, SECOND, Clock
 from skyrl_otel.spool.decisions import Decision
 from tests.agent.test_reader import NOW, PREFIX, STREAM, received
 
@@ -74,7 +74,7 @@ def read(line: bytes, mark: int) -> tuple[int, dict[str, object]]:
 def test_a_second_is_completed_from_the_mark_and_never_runs_ahead_of_it() -> None:
     line = b"INFO 11-23 05:35:41 [core.py:1] x\n"
     assert read(line, NOW + 345_000_000)[0] == NOW + 345_000_000
-    assert read(line, NOW + 5 * SECOND)[0] == NOW + SECOND - 1
+    assert read(line, NOW + 5 * SECOND)[0] == NOW + SECOND - LATE_GRAIN + len(line)
 
 
 @pytest.mark.parametrize("seconds", [-310, 86_500])
