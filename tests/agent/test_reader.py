@@ -246,3 +246,14 @@ def test_any_bytes_are_read_to_the_end(data: bytes, choice: st.DataObject) -> No
         pieces.read(written, mark.offset)
     assert pieces.records == whole.records
     check_ranges(written, received(whole.records))
+
+
+def test_a_prefix_that_is_masked_is_still_a_childs() -> None:
+    """A stream that tears is read by the children that are known in it, so all ways must know the same ones."""
+    prefix = b"(hf_" + b"b" * 30 + b" pid=1) "
+    written = Written(identities=[Decision(0, "out", 0, 0, "identity", 0)])
+    written.look(b"plain\n" + prefix + b"x\n", 1)
+    agent = Agent()
+    agent.read(written, len(written.data))
+    assert agent.state.children == (prefix,)
+    assert b"bbb" not in b"".join(agent.records)
