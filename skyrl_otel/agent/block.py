@@ -191,7 +191,7 @@ class Block:
         if self._skip_markers and piece.body[:1] in b":s" and MARKER.match(piece.body):
             return
         text, hidden = self._shown(piece.body)
-        header, fields = None, b""
+        header, fields = None, self._attributes
         if piece.part <= 0:
             child, text = self._child(text)
             header = self._header(text, context.lag + piece.end, context)

@@ -184,6 +184,7 @@ def check_ranges(written: Written, found: list[Received]) -> None:
     """Each byte is in exactly one record, or in an echo."""
     ranges = [span(echo) for echo in written.echoes]
     for record in found:
+        assert record.attributes["log.iostream"] == "stdout"
         start, _, end = record.uid.rpartition("/")[2].partition("-")
         ranges += [(int(start), int(end)), *ranges_of(record.attributes.get("skyrl.more_ranges", ""))]
     position = 0
