@@ -14,10 +14,12 @@ from typing import NamedTuple
 PART_BYTES = 256 * 1024
 """Loki's default limit of a line (`max_line_size`); a longer line becomes parts."""
 
-_BROKEN_PART_BYTES = PART_BYTES // 3  # each byte that is not UTF-8 becomes the 3 bytes of U+FFFD
+WHOLE_BYTES = (
+    PART_BYTES // 3
+)  # a line up to this is never cut: each byte that is not UTF-8 becomes the 3 bytes of U+FFFD
 
 # What vLLM's formatter (envs.VLLM_LOGGING_PREFIX, "(EngineCore pid=28789) ") puts before every line of a child.
-_CHILD = re.compile(rb"\((?P<name>[A-Za-z_][\w.-]{0,40}) pid=(?P<pid>\d{1,10})\) ")
+CHILD = re.compile(rb"\((?P<name>[A-Za-z_][\w.-]{0,40}) pid=(?P<pid>\d{1,10})\) ")
 
 
 class Piece(NamedTuple):
@@ -37,26 +39,35 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What must be known of the bytes before: parts of the open line so far, children seen, whether they tear lines."""
+    """What must be known of the bytes before: parts of the open line so far, children seen, whether they tear lines.
+
+    `carry` is what `redact` must know of the part before. `claimed` are ranges of whole lines further on that belong to
+    events that began before.
+    """
 
     part: int = 0
     children: tuple[bytes, ...] = ()
     tears: bool = False
-    carry: bytes = b""  # of the open line, what `redact` must know of the part before
+    carry: bytes = b""
+    claimed: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> list[object] | None:
         if self == State():
             return None
         children = [child.decode("latin-1") for child in self.children]
-        return [self.part, children, self.tears, self.carry.decode("latin-1")]
+        fields: list[object] = [self.part, children, self.tears, self.carry.decode("latin-1")]
+        return [*fields, [list(taken) for taken in self.claimed]] if self.claimed else fields
 
     @classmethod
     def from_json(cls, fields: list[object] | None) -> State:
         if fields is None:
             return cls()
-        part, children, tears, carry = fields
+        part, children, tears, carry, *more = fields
         assert isinstance(part, int) and isinstance(children, list) and isinstance(carry, str)
-        return cls(part, tuple(child.encode("latin-1") for child in children), bool(tears), carry.encode("latin-1"))
+        claimed = more[0] if more else []
+        assert isinstance(claimed, list)
+        known = tuple(child.encode("latin-1") for child in children)
+        return cls(part, known, bool(tears), carry.encode("latin-1"), tuple((a, b) for a, b in claimed))
 
 
 def split(
@@ -99,7 +110,7 @@ def split(
         else:
             closed = terminated
         stop = end - 1 if terminated else end
-        if stop - position > _BROKEN_PART_BYTES or part_bytes != PART_BYTES:
+        if stop - position > WHOLE_BYTES or part_bytes != PART_BYTES:
             size = _part_size(data, position, stop, closed, part_bytes)
             if size is None:
                 break
@@ -177,7 +188,7 @@ def _mark_torn(pieces: list[Piece], state: State, cuts: Sequence[int]) -> tuple[
     before_last = 0
     last_owner: bytes | None = None
     for piece in pieces:
-        first = _CHILD.match(piece.body) if piece.part <= 0 else None
+        first = CHILD.match(piece.body) if piece.part <= 0 else None
         owner = first[0] if first else None
         if tears and last_owner is not None and owner != last_owner and result[-1].end not in released:
             result[-1] = result[-1]._replace(torn=True)
@@ -186,7 +197,7 @@ def _mark_torn(pieces: list[Piece], state: State, cuts: Sequence[int]) -> tuple[
         if owner is not None:
             _remember(children, owner)
         position = first.end() if first else 0
-        while second := _CHILD.search(rest.body, position):
+        while second := CHILD.search(rest.body, position):
             position = second.end()
             before = rest.body[: second.start()]
             if not before:  # the rest of a line, which in truth is another child's from its first byte on
@@ -211,6 +222,13 @@ def _mark_torn(pieces: list[Piece], state: State, cuts: Sequence[int]) -> tuple[
 def _begun(children: dict[bytes, None], text: bytes) -> bool:
     """Whether some child was cut in the middle of its prefix, after `text`."""
     return bool(text) and any(child.startswith(text) for child in children)
+
+
+def remembered(children: tuple[bytes, ...], owner: bytes) -> tuple[bytes, ...]:
+    """`children` and `owner`; of too many the first is forgotten."""
+    known = dict.fromkeys(children)
+    _remember(known, owner)
+    return tuple(known)
 
 
 def _remember(children: dict[bytes, None], owner: bytes) -> None:

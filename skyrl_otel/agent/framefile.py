@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from skyrl_otel.agent import otlp
+from skyrl_otel.agent.block import Section
 from skyrl_otel.agent.redact import Redactor
-from skyrl_otel.agent.textfile import Decide, Move, Section, TextFile
+from skyrl_otel.agent.textfile import Decide, Move, TextFile
 from skyrl_otel.spool import frames
 from skyrl_otel.spool.checkpoint import Position
 from skyrl_otel.spool.decisions import Decision
@@ -194,14 +195,14 @@ class FrameFile(TextFile):
                 index += 1
             if current != (starts[index][1], scope):
                 if current is not None:
-                    sections.append(Section(current[0], tuple(records), size, current[1]))
+                    sections.append(Section(*current, tuple(records), size))
                 current, records, size = (starts[index][1], scope), [], 0
             record += otlp.uid_attribute(f"{prefix}{frame.start}-{frame.end}".encode())
             record = b"\x12" + otlp.varint(len(record)) + record
             records.append(record)
             size += len(record)
         if current is not None:
-            sections.append(Section(current[0], tuple(records), size, current[1]))
+            sections.append(Section(*current, tuple(records), size))
         return sections
 
     # -- after the answer ----------------------------------------------------------------------------------------------

@@ -28,6 +28,16 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
+LONGEST_BODY = 2048
+LENGTHS = [varint(size) for size in range(4 * LONGEST_BODY)]
+"""Small numbers, encoded."""
+BODIES: list[bytes | None] = [
+    b"\x2a" + varint(1 + len(varint(size)) + size) + b"\x0a" + varint(size) if size else None
+    for size in range(LONGEST_BODY)
+]
+"""What stands before a text body, by its length; None for the empty one."""
+
+
 def field(key: bytes, payload: bytes) -> bytes:
     """A length-delimited field; `key` is the encoded tag."""
     return key + varint(len(payload)) + payload

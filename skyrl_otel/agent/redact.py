@@ -123,6 +123,16 @@ def _positions(block: bytes, anchor: bytes) -> Iterator[int]:
         position = block.find(anchor, position + 1)
 
 
+def _whole_characters(text: bytes, start: int, end: int) -> tuple[int, int]:
+    """The range, and the rest of a UTF-8 character that it begins or ends within: at most three bytes."""
+    first, last = max(start - 3, 0), min(end + 3, len(text))
+    while start > first and text[start] & 0xC0 == 0x80:
+        start -= 1
+    while end < last and text[end] & 0xC0 == 0x80:
+        end += 1
+    return start, end
+
+
 class Redactor:
     """The rules in force. `hits` counts what was masked, by rule."""
 
@@ -146,6 +156,29 @@ class Redactor:
         """`text` with its secrets masked; the same object where it has none."""
         awake = self.awake(text)
         return self._masked(text, [rule for rule, _ in awake]) if awake else text
+
+    def lines(self, block: bytes) -> tuple[bytes, list[tuple[int, int]]]:
+        """`block`, which is whole lines, each of them masked; and the ranges in it of those that had something to mask."""
+        awake = self.awake(block)
+        found: dict[int, list[Rule]] = {}
+        for rule, anchor in awake:
+            for position in _positions(block, anchor):
+                rules = found.setdefault(block.rfind(b"\n", 0, position) + 1, [])
+                if rule not in rules:
+                    rules.append(rule)
+        changed: bytearray | None = None
+        ranges: list[tuple[int, int]] = []
+        for start, rules in found.items():
+            end = block.index(b"\n", start)
+            if block[start:end].endswith(b"\r"):  # no part of the line: `assemble.Piece`
+                end -= 1
+            line = block[start:end]
+            masked = self._masked(line, rules)
+            if masked is not line:
+                changed = bytearray(block) if changed is None else changed
+                changed[start:end] = masked
+                ranges.append((start, end))
+        return block if changed is None else bytes(changed), ranges
 
     def pieces(self, pieces: list[Piece], block: bytes, base: int, carry: bytes) -> tuple[list[Piece], bytes]:
         """The pieces of `block`, which begins at file offset `base`, masked; and what the part after them must know.
@@ -171,13 +204,15 @@ class Redactor:
         return masked, carry
 
     def record(self, record: bytes) -> bytes:
-        """A LogRecord with the secrets in its body and attribute values masked."""
+        """A LogRecord with the secrets in its body, severity text and attribute values masked."""
         if not self.awake(record):
             return record
         changed = bytearray(record)
         for tag, start, end in otlp.fields(record, 0, len(record)):
             if tag == 0x2A:
                 self._any_value(record, start, end, changed)
+            elif tag == 0x1A:
+                changed[start:end] = self.text(record[start:end])
             elif tag == 0x32:
                 self._key_value(record, start, end, changed)
         return bytes(changed)
@@ -203,6 +238,17 @@ class Redactor:
         return b"".join(
             encoded[:start] + self.record(encoded[start:end]) for _, start, end in otlp.fields(encoded, 0, len(encoded))
         )
+
+    def scope(self, encoded: bytes) -> bytes:
+        """An InstrumentationScope, as the field of ScopeLogs, with the secrets in its name masked."""
+        if not self.awake(encoded):
+            return encoded
+        changed = bytearray(encoded)
+        for _, start, end in otlp.fields(encoded, 0, len(encoded)):
+            for tag, at, stop in otlp.fields(encoded, start, end):
+                if tag == 0x0A:
+                    changed[at:stop] = self.text(encoded[at:stop])
+        return bytes(changed)
 
     def resource(self, encoded: bytes) -> bytes:
         """A Resource, as the field of ResourceLogs, with the secrets in its attribute values masked."""
@@ -236,6 +282,7 @@ class Redactor:
                 if start < 0:
                     start, end = match.span()
                 changed = bytearray(text) if changed is None else changed
+                start, end = _whole_characters(text, start, end)
                 changed[start:end] = b"*" * (end - start)
                 self.hits[rule.name] += 1
         return text if changed is None else bytes(changed)

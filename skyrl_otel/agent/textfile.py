@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import bisect
 import os
-import re
 import stat
+import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from skyrl_otel.agent import assemble, otlp
-from skyrl_otel.agent.assemble import Piece, State
+from skyrl_otel.agent.assemble import State
+from skyrl_otel.agent.block import MARKER, Section
+from skyrl_otel.agent.events import EVENT_NS
 from skyrl_otel.agent.moments import Moments
+from skyrl_otel.agent.reader import Reader, View
 from skyrl_otel.agent.redact import Redactor
 from skyrl_otel.spool.checkpoint import Position
 from skyrl_otel.spool.decisions import Decision
@@ -41,32 +44,21 @@ _MAYBE_LOST = "truncated after an agent ended that may have sent some of it"
 """Why of an upper bound: that agent did not live to hear what the receiver took."""
 
 _SETTLE_NS = 300_000_000
+BAR_S = 10.0
+"""A progress bar, which is a line that is written over and over, is sent as it stands that often."""
+
+_LAST_BYTES = 8192
 _TAIL_BYTES = 64
 _PUNCH_BYTES = 1 << 20
 _BLOCK = 4096
 
-TEXT_SCOPE = otlp.scope("skyrl_otel.text")
-
-_MARKER = re.compile(rb":(?:job_id|actor_name|task_name):|skyrl-otel: output of this actor is recorded")
 _ATTRIBUTES = {
     "out": otlp.attributes({"log.iostream": "stdout"}),
     "err": otlp.attributes({"log.iostream": "stderr"}),
 }
-_LAST = otlp.attributes({"skyrl.part.last": True})
-_TORN = otlp.attributes({"skyrl.torn": True})
 
 Decide = Callable[[str, int, int, str, object], Decision]
 """Journal a decision: (file, generation, offset, kind, value)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """Records of one file under one identity and one encoded scope."""
-
-    identity_seq: int
-    records: tuple[bytes, ...]
-    size: int
-    scope: bytes = TEXT_SCOPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +110,7 @@ class TextFile:
         self.identities: list[Decision] = []
         self.losses: list[Decision] = []
         self.echoes: list[Decision] = []
+        self.zones: list[Decision] = []
         self.generation_decision: Decision | None = None
         self._decide = decide
         self._moments = moments or Moments()
@@ -130,6 +123,10 @@ class TextFile:
         self._has_echoes = has_echoes
         self._settling: tuple[int, int] | None = None
         self._partial_at: tuple[int, int, int] | None = None
+        self._event_waits = False
+        self._bar_since = 0
+        self._reader: Reader | None = None
+        self._reader_of = -1
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
@@ -162,7 +159,7 @@ class TextFile:
 
     def _sorted_list(self, decision: Decision) -> list[Decision]:
         lists = {"mark": self.marks, "cut": self.cuts, "identity": self.identities, "loss": self.losses}
-        lists["echo"] = self.echoes
+        lists["echo"], lists["zone"] = self.echoes, self.zones
         return lists.get(decision.kind, [])
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -249,6 +246,9 @@ class TextFile:
         return settled
 
     def _mark(self, size: int, now: int) -> None:
+        east = time.localtime(now // 1_000_000_000).tm_gmtoff
+        if not self.zones or self.zones[-1].value != east:
+            self.zones.append(self._decide(self.name, self.generation, self.seen, "zone", east))
         moment = self._moments.take(now, size - self.seen)
         self.marks.append(self._decide(self.name, self.generation, size, "mark", moment))
         self.seen = size
@@ -359,7 +359,8 @@ class TextFile:
         self.acked = self.sent = Position(decision.generation, 0)
         self._inode = (decision.value["dev"], decision.value["ino"])
         self.size = self.seen = self._floor = self._maybe_sent = self._punched = self._punched_losses = 0
-        self.marks, self.cuts, self.identities, self.losses, self.echoes = [], [], [], [], []
+        self.marks, self.cuts, self.identities, self.losses = [], [], [], []
+        self.echoes, self.zones = [], []
         self._settling = None
 
     def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:
@@ -371,7 +372,9 @@ class TextFile:
 
     def note_echo(self, dev: int, ino: int, start: int, end: int) -> None:
         """[start, end) of a file is the console echo of a record; passed over, unless it may have been sent already."""
-        if (dev, ino) != self._inode or start < max(self.sent.offset, self._floor):
+        # An event that was sent may have taken lines from behind `sent`.
+        taken = max((end for _, end in State.from_json(self.sent.state).claimed), default=0)
+        if (dev, ino) != self._inode or start < max(self.sent.offset, self._floor, taken):
             return
         place = bisect.bisect_left(self.echoes, start, key=_offset)
         if place < len(self.echoes) and self.echoes[place].offset == start:
@@ -410,16 +413,45 @@ class TextFile:
     # -- records -------------------------------------------------------------------------------------------------------
 
     def cut_partial(self, now: int, *, final: bool) -> None:
-        """Decide that a partial line at the end, if it is old enough or the last, is sent as it is."""
+        """Decide that what waits at the end, if it is old enough or the last, is sent as it is."""
         if not self.unsent or self.held or not self.marks or self._fd < 0:
             return
         newest = self.marks[-1]
         if newest.offset != self.size or (self.cuts and self.cuts[-1].offset >= self.seen):
             return
-        if not final and now - newest.value < PARTIAL_S * 1e9:
+        idle = now - newest.value
+        waits = self._waits
+        if final:
+            if waits or os.pread(self._fd, 1, self.seen - 1) not in (b"\n", b""):
+                self._cut(self.seen)
             return
-        if self._waits or os.pread(self._fd, 1, self.seen - 1) not in (b"\n", b""):
-            self.cuts.append(self._decide(self.name, self.generation, self.seen, "cut", None))
+        if waits and self._event_waits and idle >= EVENT_NS:
+            self._cut_events()
+        first = bisect.bisect_right(self.marks, self.sent.offset, key=lambda mark: mark.offset)
+        if now - self.marks[first].value < PARTIAL_S * 1e9:
+            return
+        end = os.pread(self._fd, _LAST_BYTES, max(self.seen - _LAST_BYTES, self.sent.offset))
+        partial = end[end.rfind(b"\n") + 1 :]
+        if b"\r" not in partial:
+            self._bar_since = 0
+            if idle >= PARTIAL_S * 1e9 and (waits or partial):
+                self._cut(self.seen)
+        elif not self._bar_since:
+            self._bar_since = now
+        elif now - self._bar_since >= BAR_S * 1e9:
+            self._bar_since = now
+            self._cut(self.seen)
+
+    def _cut(self, offset: int) -> None:
+        self.cuts.append(self._decide(self.name, self.generation, offset, "cut", None))
+
+    def _cut_events(self) -> None:
+        """End the events that wait, but not the line that is being written behind them."""
+        size = min(self.unsent, assemble.PART_BYTES)
+        newline = os.pread(self._fd, size, self.seen - size).rfind(b"\n")
+        offset = self.seen - size + newline + 1
+        if newline >= 0 and (not self.cuts or self.cuts[-1].offset < offset):
+            self._cut(offset)
 
     def take(self, budget: int) -> tuple[Move | None, list[Section]]:
         """The next records, at least one if there is a complete one, about `budget` bytes of them; moves `sent`.
@@ -438,85 +470,56 @@ class TextFile:
             if loss.offset > start:
                 limit = min(limit, loss.offset)
                 break
-        before = min(start, _TAIL_BYTES)
-        wanted = min(limit - start, max(budget, _READ_BYTES))
-        data = os.pread(self._fd, before + wanted, start - before)
-        if len(data) < before + wanted or (self.sent.tail and zlib.crc32(data[:before]) != self.sent.tail):
-            if len(data) == before + wanted:
-                self._replaced(self.seen, "overwritten by its writer")
-            return None, []
-        data = data[before:]
-        cuts = [cut.offset for cut in self.cuts if cut.offset > start]
-        if limit < self.seen and start + wanted == limit:
-            cuts.append(limit)  # the line in front of a given-up range ends where that begins
-        if self.echoes:
-            cuts = sorted({*cuts, *self._echo_edges(start, start + wanted)})
         most = max(budget // _RECORD_OVERHEAD, 1)
-        pieces, state = assemble.split(data[:budget], start, State.from_json(self.sent.state), cuts, max_pieces=most)
-        for most in (1, 2):  # two where the first waits for the one after it, in a stream that tears lines
-            if not pieces and len(data) > budget:
-                pieces, state = assemble.split(data, start, State.from_json(self.sent.state), cuts, max_pieces=most)
-        if not pieces:
+        reader, state = self._reader_here(), State.from_json(self.sent.state)
+        for size in (budget, max(budget, _READ_BYTES)):
+            data = self._read(start, min(limit - start, size))
+            if data is None:
+                return None, []
+            cuts = self._cuts_in(start, start + len(data), limit)
+            view = View(self.marks, self.identities, cuts, self.zones, self.echoes)
+            result = reader.read(data, start, state, view, most=most, one=size > budget)
+            if result.end > start or start + len(data) == limit:
+                break
+        if result.end == start:
             self._partial_at = self._here
+            self._event_waits = result.waits
             return None, []
-        end = pieces[-1].end
-        carry = State.from_json(self.sent.state).carry
-        pieces, carry = self._redactor.pieces(pieces, data[: end - start], start, carry)
-        if carry != state.carry:
-            state = replace(state, carry=carry)
+        end = result.end
         tail = zlib.crc32(os.pread(self._fd, min(end, _TAIL_BYTES), max(end - _TAIL_BYTES, 0)))
-        self.sent = Position(self.generation, end, state.to_json(), tail)
-        return Move(self, before_position, self.sent), self._sections(pieces, data.isascii() and b"\0" not in data)
+        self.sent = Position(self.generation, end, result.state.to_json(), tail)
+        return Move(self, before_position, self.sent), result.sections
+
+    def _cuts_in(self, start: int, end: int, limit: int) -> list[int]:
+        """Where no record may reach across, of what is read between two offsets."""
+        cuts = {cut.offset for cut in self.cuts if cut.offset > start}
+        if end == limit < self.seen:
+            cuts.add(limit)  # the line in front of a given-up range ends where that begins
+        return sorted(cuts.union(self._echo_edges(start, end)))
+
+    def _read(self, start: int, size: int) -> bytes | None:
+        """The bytes from `start` on, if those before are the ones that were read; else a new generation begins."""
+        before = min(start, _TAIL_BYTES)
+        data = os.pread(self._fd, before + size, start - before)
+        if len(data) < before + size:
+            return None
+        if self.sent.tail and zlib.crc32(data[:before]) != self.sent.tail:
+            self._replaced(self.seen, "overwritten by its writer")
+            return None
+        return data[before:]
 
     def _skip(self, loss: Decision) -> tuple[Move | None, list[Section]]:
         before = self.sent
         self.sent = Position(self.generation, loss.offset + loss.value["bytes"])
         return Move(self, before, self.sent, is_skip=True), []
 
-    def _sections(self, pieces: list[Piece], plain: bool) -> list[Section]:
-        sections: list[Section] = []
-        records: list[bytes] = []
-        size = 0
-        prefix = f"{self.writer_id}/{self.name}/{self.generation}/"
-        stream = _ATTRIBUTES[self.name]
-        starts = [decision.offset for decision in self.identities]
-        index = max(bisect.bisect_right(starts, pieces[0].start) - 1, 0)
-        marks = self.marks
-        mark = bisect.bisect_left([decision.offset for decision in marks], pieces[0].end)
-        for piece in pieces:
-            if self.skip_markers and piece.body[:1] in b":s" and _MARKER.match(piece.body):
-                continue
-            if self.echoes and self._is_echo(piece):
-                continue
-            while index + 1 < len(starts) and starts[index + 1] <= piece.start:
-                if records:
-                    sections.append(Section(self.identities[index].value, tuple(records), size))
-                    records, size = [], 0
-                index += 1
-            while marks[mark].offset < piece.end:
-                mark += 1
-            uid = f"{prefix}{piece.start}-{piece.end}".encode()
-            attributes = stream + otlp.uid_attribute(uid)
-            if piece.part >= 0:
-                attributes += otlp.attributes({"skyrl.part": piece.part})
-                if piece.last:
-                    attributes += _LAST
-            if piece.torn:
-                attributes += _TORN
-            moment = marks[mark].value - (marks[mark].offset - piece.end)  # agent/moments.py
-            record = otlp.text_record(moment, piece.body if plain else _shown(piece.body), attributes)
-            records.append(record)
-            size += len(record)
-        if records:
-            sections.append(Section(self.identities[index].value, tuple(records), size))
-        return sections
-
-    def _is_echo(self, piece: Piece) -> bool:
-        place = bisect.bisect_right(self.echoes, piece.start, key=_offset) - 1
-        if place < 0:
-            return False
-        echo = self.echoes[place]
-        return bool(piece.end <= echo.offset + echo.value["bytes"])
+    def _reader_here(self) -> Reader:
+        if self._reader is None or self._reader_of != self.generation:
+            prefix = f"{self.writer_id}/{self.name}/{self.generation}/".encode()
+            attributes = _ATTRIBUTES[self.name]
+            self._reader = Reader(prefix, attributes, skip_markers=self.skip_markers, redactor=self._redactor)
+            self._reader_of = self.generation
+        return self._reader
 
     # -- after the answer ----------------------------------------------------------------------------------------------
 
@@ -580,13 +583,14 @@ class TextFile:
             return 0, ""
         found = os.fstat(self._fd)
         data = os.pread(self._fd, 8192, max(found.st_size - 8192, 0)).strip(b"\0\r\n\t ")
-        lines = [line for line in data.split(b"\n") if line.strip() and not _MARKER.match(line)]
+        lines = [line for line in data.split(b"\n") if line.strip() and not MARKER.match(line)]
         return (found.st_mtime_ns, lines[-1][-500:].decode("utf-8", "replace").strip()) if lines else (0, "")
 
     def kept_decisions(self) -> list[Decision]:
         """What a rewritten journal must still hold of this file."""
         own = [self.generation_decision] if self.generation_decision else []
-        return [*own, *self.marks, *self.cuts, *self.identities, *self.losses, *self.echoes]
+        own += [*self.marks, *self.cuts, *self.identities, *self.losses, *self.echoes, *self.zones]
+        return own
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -605,6 +609,8 @@ class TextFile:
             self.losses = [loss for loss in self.losses if loss.offset + loss.value["bytes"] > acked]
         while len(self.identities) > 1 and self.identities[1].offset <= acked:
             self.identities.pop(0)
+        while len(self.zones) > 2 and self.zones[2].offset <= acked:
+            self.zones.pop(0)
 
 
 def _is_of_bytes_gone(decision: Decision) -> bool:
@@ -621,13 +627,3 @@ def _first_data(descriptor: int) -> int:
         return os.lseek(descriptor, 0, os.SEEK_DATA) // _BLOCK * _BLOCK
     except OSError:  # ENXIO: no data at all
         return 0
-
-
-def _shown(body: bytes) -> bytes:
-    if b"\0" in body:
-        body = body.replace(b"\0", "\ufffd".encode())
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return body.decode("utf-8", "replace").encode()
-    return body

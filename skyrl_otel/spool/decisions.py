@@ -16,7 +16,7 @@ from typing import Any, Literal
 from skyrl_otel.spool import frames
 from skyrl_otel.spool.layout import open_file, read_file, replace_file, write_all
 
-Kind = Literal["mark", "cut", "identity", "generation", "loss", "echo", "end", "event"]
+Kind = Literal["mark", "cut", "identity", "generation", "loss", "echo", "end", "event", "zone"]
 
 RULES_VERSION = 2
 """Raised whenever the same bytes and decisions would give other records than before."""

@@ -384,7 +384,7 @@ def test_a_long_line_in_a_stream_that_tears_is_sent(desk: Desk) -> None:
     for _ in range(4):
         desk.look(2 * SECOND)
         bodies += desk.deliver()
-    assert "".join(bodies).endswith("z(B pid=2) the end")
+    assert "".join(bodies).endswith("zthe end")
 
 
 def test_a_receiver_that_refuses_before_it_has_read_all_is_understood() -> None:

@@ -166,6 +166,42 @@ def test_a_secret_cut_by_parts_or_partial_lines_does_not_leave(spool_root: Path,
     assert joined.count(b" end") == 20
 
 
+def recognised(secret: str) -> list[bytes]:
+    """Lines and events whose format is recognised; some hide the secret until they are read."""
+    half = len(secret) // 2
+    return [
+        f"INFO 11-23 05:35:41 [core.py:402] token {secret}\n".encode(),
+        f"(EngineCore pid=7) INFO 11-23 05:35:41 [core.py:402] token {secret}\n".encode(),
+        f"WARNING:{secret}:the logger\n".encode(),
+        f'level=info logger="{secret}" msg=ok key={secret}\n'.encode(),
+        f"Traceback (most recent call last):\n  File 'x'\nValueError: {secret}\n".encode(),
+        f"bar  0%| {secret}\rbar 50%| {secret}\n".encode(),
+        b'{"level": "info", "msg": "a\\u0020b \\u0%03x%b", "logger": "l\\u0020%b", "key": "\\u0%03x%b", "k": "\\/%b"}\n'
+        % (ord(secret[0]), secret[1:].encode(), secret.encode(), ord(secret[0]), secret[1:].encode(), secret.encode()),
+        f"x \x1b[1m{secret[:half]}\x1b[0m{secret[half:]}\n".encode(),
+        f"ERROR:root:login\nTraceback (most recent call last):\n  wandb login\n  {secret}\nE: x\n".encode(),
+    ]
+
+
+def test_no_record_of_a_recognised_format_gives_a_secret_away(spool_root: Path) -> None:
+    sent = Sent(spool_root, role="r")
+    planted, lines = [], 0
+    for number in range(60):
+        secret = "hf_" + chars(34)
+        shapes = recognised(secret)
+        os.write(sent.folder.fds["out" if number % 2 else "err"], b"".join(shapes) + b"INFO:root:next\n")
+        planted.append(secret)
+        lines += len(shapes)
+        sent.look(1, budget=chance.choice([300, 5000, 1 << 20]))
+    sent.look(100)
+    assert len(sent.texts) == lines + len(planted), "each is one record"
+    assert [secret for secret in planted if secret[3:].encode() in sent.bodies] == []
+    key = "0123456789abcdef0123456789abcdef01234567"
+    os.write(sent.folder.fds["out"], f"Traceback (most recent call last):\n  wandb login\n  {key}\nE: x\n".encode())
+    sent.look(3)
+    assert sent.texts[-1].endswith("E: x") and key.encode() not in sent.bodies, "what lines say together"
+
+
 @given(st.binary(max_size=300), st.lists(st.integers(1, 60), max_size=6))
 def test_nothing_changes_its_length_and_masking_twice_changes_nothing(data: bytes, cuts: list[int]) -> None:
     redactor = Redactor()

@@ -239,9 +239,9 @@ class Census:
         return found
 
     def logged(self, actor: str) -> Counter[str]:
-        """What an actor said by `logging`, which has a place in the source."""
+        """What an actor said by `logging`, which has a place in the source, with its severity and logger."""
         return Counter(
-            record["body"]
+            f"{record['severity_text']}:{record['scope']}:{record['body']}"
             for record in self.records
             if record["resource"].get("ray.actor.id") == actor and "code.file.path" in record["attributes"]
         )
@@ -256,6 +256,15 @@ def end(record: dict[str, Any]) -> int:
     return int(record["attributes"]["log.record.uid"].rpartition("-")[2])
 
 
+def written(record: dict[str, Any]) -> str:
+    """The line as it was written: nothing of ours has a header of a known format, children have their prefix."""
+    assert record["scope"] == "skyrl_otel.text" and not record["severity_text"], record
+    attributes = record["attributes"]
+    if "skyrl.child" not in attributes:
+        return str(record["body"])
+    return f"({attributes['skyrl.child']} pid={attributes['process.pid']}) {record['body']}"
+
+
 def whole_lines(records: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     """(body, torn) of each line, parts joined."""
     joined: list[tuple[str, bool]] = []
@@ -264,7 +273,7 @@ def whole_lines(records: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         attributes = record["attributes"]
         if NATIVE.match(record["body"]):
             continue
-        body = begun + record["body"]
+        body = begun + written(record)
         if "skyrl.part" in attributes and not attributes.get("skyrl.part.last"):
             begun = body
             continue

@@ -69,7 +69,7 @@ def expected_err(rank: int) -> Counter[str]:
 
 def expected_records(rank: int) -> Counter[str]:
     """What an actor says by `logging`, through a console handler too: records, whose echo is no line."""
-    return Counter(f"logged {rank} {n}" for n in range(LOGGED))
+    return Counter(f"INFO:census:logged {rank} {n}" for n in range(LOGGED))
 
 
 def blocked(rank: int, child: int, number: int) -> str:

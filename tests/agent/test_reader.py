@@ -1,0 +1,260 @@
+"""Records are a pure function of bytes and decisions: the same at any chunk boundary, the fast way and the slow way."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skyrl_otel.agent import otlp
+from skyrl_otel.agent.assemble import State
+from skyrl_otel.agent.events import ranges_of
+from skyrl_otel.agent.reader import Reader, View
+from skyrl_otel.spool.decisions import Decision
+from tests.receiver import Received, decode
+
+PREFIX = b"w" * 32 + b"/out/0/"
+NOW = 1_795_412_141_000_000_000  # 2026-11-23 05:35:41 UTC
+STREAM = otlp.attributes({"log.iostream": "stdout"})
+
+# Bytes that meet each branch often: headers that repeat, prefixes, tracebacks, bars, escapes, what is broken.
+ATOMS = [
+    b"\n",
+    b"\n",
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"x",
+    b" indented",
+    b"(A pid=1) ",
+    b"(Bee pid=22) ",
+    b"INFO 11-23 05:35:4%d [core.py:402] ",
+    b"(A pid=1) INFO 11-23 05:35:41 [core.py:402] message\n",
+    b"(Bee pid=22) INFO 11-23 05:35:42 [core.py:402] message\n",
+    b"(Bee pid=22) ERROR 11-23 05:35:41 [core.py:88] Engine failed\n",
+    b"(A pid=1) ERROR 11-23 05:35:41 [core.py:88] Traceback (most recent call last):\n",
+    b'(A pid=1) ERROR 11-23 05:35:41 [core.py:88]   File "x.py", line 1, in f\n',
+    b"(A pid=1) ERROR 11-23 05:35:41 [core.py:88] KeyError: 'x'\n",
+    b"Traceback (most recent call last):\n",
+    b'  File "x.py", line 1, in f\n    raise E\n',
+    b"E: message\n",
+    b"\nDuring handling of the above exception, another exception occurred:\n\n",
+    b"config: {\n",
+    b"  key: value\n}\n",
+    b"  0%| | 0/9\r 50%|#| 5/9",
+    b"\x1b[31mred\x1b[0m",
+    b"\x1b]0;title\x07",
+    b"\xff\xfe\0",
+    "é€🙂".encode(),
+    b"y" * 500,
+    b"%d pid=",
+    b"hf_" + b"a" * 33,
+    b"INFO:x:Authorization: Bearer 0123456789abcdef01234567\n",
+    b"(A pid=1) AKIAABCDEFGHIJKLMNOP\n",
+    b"(hf_" + b"b" * 30 + b" pid=1) x\n",
+    b'{"level": "info", "msg": "https:\\/\\/u:hunter22@h", "logger": "sk-" }\n',
+    b"hf_" + b"c" * 20 + b"\x1b[0m" + b"c" * 20,
+    b"wandb login\n0123456789abcdef0123456789abcdef01234567\n",
+]
+COMMON = len(ATOMS) - 1
+DATA = Path(__file__).parent.parent / "data" / "formats"
+for path in sorted(DATA.glob("*.log")):
+    for line in path.read_bytes().split(b"\n")[:4]:
+        ATOMS += [line.replace(b"%", b"#") + b"\n", line[: len(line) // 2].replace(b"%", b"#")]
+texts = st.lists(st.integers(0, COMMON) | st.integers(0, len(ATOMS) - 1), max_size=60)
+
+
+@dataclass
+class Written:
+    """A file's bytes as they came: what was seen when, and what was cut."""
+
+    data: bytes = b""
+    marks: list[Decision] = field(default_factory=list)
+    cuts: list[int] = field(default_factory=list)
+    identities: list[Decision] = field(default_factory=list)
+    echoes: list[Decision] = field(default_factory=list)
+    now: int = NOW
+
+    def view(self, start: int, end: int, upto: int) -> View:
+        """What `TextFile` says of what is read between two offsets, of all below `upto`."""
+        marks = [mark for mark in self.marks if mark.offset <= upto]
+        echoes = [echo for echo in self.echoes if echo.offset < upto]
+        edges = {edge for echo in echoes for edge in span(echo) if start < edge <= end}
+        return View(marks, self.identities, sorted(edges.union(cut for cut in self.cuts if cut <= upto)), [], echoes)
+
+    def look(self, data: bytes, passed_ms: int) -> None:
+        self.data += data
+        self.now += passed_ms * 1_000_000
+        self.marks.append(Decision(0, "out", 0, len(self.data), "mark", self.now))
+
+
+def span(echo: Decision) -> tuple[int, int]:
+    return echo.offset, echo.offset + echo.value["bytes"]
+
+
+class Agent:
+    """Reads as `TextFile` does: a block from where the last ended; it may fall back to where it was, and forget caches."""
+
+    def __init__(self, *, fast: bool = True) -> None:
+        self.fast = fast
+        self.reader = Reader(PREFIX, STREAM, fast=fast)
+        self.position, self.state = 0, State()
+        self.sent: dict[int, list[bytes]] = {}
+        self.scopes: dict[int, bytes] = {}
+        self.stops = [(0, State())]
+
+    def read(self, written: Written, upto: int, budget: int = 1 << 20) -> None:
+        while self.position < upto:
+            start, data = self.position, written.data[self.position : upto]
+            view = written.view(start, start + len(data[:budget]), upto)
+            result = self.reader.read(data[:budget], start, self.state, view)
+            if result.end == start and len(data) > budget:
+                view = written.view(start, upto, upto)
+                result = self.reader.read(data, start, self.state, view, one=True)
+            if result.end == self.position:
+                return
+            for section in result.sections:
+                self.keep(section.records, section.scope)
+            self.position, self.state = result.end, State.from_json(result.state.to_json())
+            self.stops.append((self.position, self.state))
+
+    def keep(self, records: tuple[bytes, ...], scope: bytes) -> None:
+        for record in records:
+            start = start_of(record)
+            assert self.scopes.setdefault(start, scope) == scope
+            assert self.sent.setdefault(start, [record]) == [record], "read twice, differently"
+
+    def crash(self, back: int) -> None:
+        self.position, self.state = self.stops[-1 - back % len(self.stops)]
+        self.reader = Reader(PREFIX, STREAM, fast=self.fast)
+
+    @property
+    def records(self) -> list[bytes]:
+        return [record for start in sorted(self.sent) for record in self.sent[start]]
+
+
+_UID = re.compile(re.escape(PREFIX) + rb"(\d+)-(\d+)")
+
+
+def start_of(record: bytes) -> int:
+    found = _UID.search(record)
+    assert found is not None
+    return int(found[1])
+
+
+def received(records: list[bytes]) -> list[Received]:
+    return decode(otlp.resource_logs(otlp.resource({}), [otlp.scope_logs(b"", records)]))
+
+
+def write(dice: random.Random, atoms: list[int]) -> Written:
+    """The atoms in some writes, looked at after each; sometimes what waits is cut."""
+    written = Written(identities=[Decision(0, "out", 0, 0, "identity", 0)])
+    left = [ATOMS[atom].replace(b"%d", b"%d" % dice.randrange(9)) for atom in atoms]
+    while left:
+        count = dice.choice([1, 2, 5, 30])
+        data, left = b"".join(left[:count]), left[count:]
+        if dice.random() < 0.15:  # noted before anything of it is seen
+            low = dice.choice([0, data.find(b"\n") + 1, dice.randrange(len(data) + 1)])
+            high = dice.choice([data.find(b"\n", low) + 1, len(data), dice.randrange(low, len(data) + 1)])
+            if low < high:
+                echo = Decision(0, "out", 0, len(written.data) + low, "echo", {"bytes": high - low})
+                written.echoes.append(echo)
+        while data:
+            size = dice.choice([len(data), dice.randrange(1, len(data) + 1)])
+            written.look(data[:size], dice.choice([1, 30, 300]))
+            data = data[size:]
+            if dice.random() < 0.2:
+                newline = written.data.rfind(b"\n") + 1
+                cut = dice.choice([len(written.data), newline or len(written.data)])
+                if not written.cuts or written.cuts[-1] < cut:
+                    written.cuts.append(cut)
+        if dice.random() < 0.1:
+            written.identities.append(Decision(0, "out", 0, len(written.data), "identity", len(written.data)))
+    if not written.cuts or written.cuts[-1] < len(written.data):
+        written.cuts.append(len(written.data))
+    return written
+
+
+def check_ranges(written: Written, found: list[Received]) -> None:
+    """Each byte is in exactly one record, or in an echo."""
+    ranges = [span(echo) for echo in written.echoes]
+    for record in found:
+        assert record.attributes["log.iostream"] == "stdout"
+        start, _, end = record.uid.rpartition("/")[2].partition("-")
+        ranges += [(int(start), int(end)), *ranges_of(record.attributes.get("skyrl.more_ranges", ""))]
+    position = 0
+    for start, end in sorted(ranges):
+        assert start == position, f"bytes {position} to {start}"
+        position = end
+    assert position == len(written.data)
+
+
+CASES = 20
+"""Ways to cut, to crash and to read that are tried of each text: 3,000 cases, and 10⁶ under the profile "fuzz"."""
+TEXTS = 150 if settings().max_examples < 1000 else 50_000
+
+
+@pytest.mark.timeout(max(120, TEXTS // 4))
+@settings(max_examples=TEXTS, deadline=None)
+@given(texts, st.integers(0, 1 << 32))
+def test_any_cut_any_crash_and_either_way_give_the_same_records(atoms: list[int], seed: int) -> None:
+    for case in range(CASES):
+        dice = random.Random(seed + case)
+        # Hypothesis finds small texts; what comes of many lines, and of lines that repeat, is found by more of them.
+        more = [
+            dice.choice([*atoms, dice.randrange(COMMON), dice.randrange(len(ATOMS))]) for _ in range(dice.randrange(30))
+        ]
+        check_case([*atoms, *more], dice)
+
+
+def check_case(atoms: list[int], dice: random.Random) -> None:
+    written = write(dice, atoms)
+    whole = Agent()
+    whole.read(written, len(written.data))
+    assert whole.position == len(written.data)
+    check_ranges(written, received(whole.records))
+
+    slow = Agent(fast=False)
+    slow.read(written, len(written.data))
+    assert slow.records == whole.records
+
+    pieces = Agent()
+    for mark in written.marks:
+        pieces.read(written, mark.offset, dice.choice([40, 200, 1 << 20]))
+        if dice.random() < 0.2:
+            pieces.crash(dice.randrange(5))
+    pieces.read(written, len(written.data), 100)
+    assert pieces.records == whole.records
+
+
+@settings(max_examples=TEXTS, deadline=None)
+@given(st.binary(max_size=300), st.data())
+def test_any_bytes_are_read_to_the_end(data: bytes, choice: st.DataObject) -> None:
+    written = Written(identities=[Decision(0, "out", 0, 0, "identity", 0)])
+    size = choice.draw(st.integers(0, len(data)))
+    for part in (data[:size], data[size:]):
+        if part:
+            written.look(part, 50)
+    written.cuts.append(len(data))
+    whole, pieces = Agent(), Agent()
+    whole.read(written, len(data))
+    for mark in written.marks:
+        pieces.read(written, mark.offset)
+    assert pieces.records == whole.records
+    check_ranges(written, received(whole.records))
+
+
+def test_a_prefix_that_is_masked_is_still_a_childs() -> None:
+    """A stream that tears is read by the children that are known in it, so all ways must know the same ones."""
+    prefix = b"(hf_" + b"b" * 30 + b" pid=1) "
+    written = Written(identities=[Decision(0, "out", 0, 0, "identity", 0)])
+    written.look(b"plain\n" + prefix + b"x\n", 1)
+    agent = Agent()
+    agent.read(written, len(written.data))
+    assert agent.state.children == (prefix,)
+    assert b"bbb" not in b"".join(agent.records)
