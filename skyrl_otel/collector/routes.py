@@ -102,15 +102,17 @@ def _holds(
     if key == "scope":
         return row.scope not in _TEXT_SCOPES and globs.match(row.scope) is not None
     if key == "process":
-        return any(globs.match(name) for name in _processes(row, resource))
+        return any(globs.match(name) for name in _processes(row, resource, attributes))
     value = attributes.get(key, facts.get(key))
     return value is not None and globs.match(str(value)) is not None
 
 
-def _processes(row: Row, resource: Resource) -> list[str]:
-    child = _CHILD.match(row.body) if isinstance(row.body, str) else None
+def _processes(row: Row, resource: Resource, attributes: dict[str, Any]) -> list[str]:
+    if "skyrl.child" in attributes:
+        return [str(attributes["skyrl.child"])]  # an actor's child is not the actor
+    child = _CHILD.match(row.body) if isinstance(row.body, str) else None  # a line that was cut keeps its prefix
     if child is not None:
-        return [child[1]]  # an actor's child is not the actor
+        return [child[1]]
     return [
         name
         for name in (resource.actor_class, resource.actor_name, resource.task, resource.role, resource.service)

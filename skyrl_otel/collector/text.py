@@ -6,6 +6,7 @@ escape sequences: further lines of a body are indented, colours are taken out, o
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -108,7 +109,7 @@ class LineFormat:
                 resource = resources[row.resource]
                 beginning = self._beginning(row, resource)
                 into = lines["progress" if resource.channel == "progress" else "infra"]
-            into.append(f"{beginning}{message(row.body)}\n")
+            into.append(f"{beginning}{_child(row)}{message(row.body)}\n")
         return lines
 
     def _routed(self, rows: Iterable[Row], resources: Sequence[Resource], router: Router) -> dict[str, list[str]]:
@@ -117,7 +118,7 @@ class LineFormat:
             resource = resources[row.resource]
             path = router.route(row, resource)
             key = f"route:{path}" if path else "progress" if resource.channel == "progress" else "infra"
-            lines.setdefault(key, []).append(f"{self._beginning(row, resource)}{message(row.body)}\n")
+            lines.setdefault(key, []).append(f"{self._beginning(row, resource)}{_child(row)}{message(row.body)}\n")
         return lines
 
     def _beginning(self, row: Row, resource: Resource) -> str:
@@ -127,6 +128,14 @@ class LineFormat:
         severity = row.severity_text if row.severity_text and len(row.severity_text) <= 8 else ""
         severity = _one_word(severity) if severity else severity_name(row.severity)
         return f"{self._clock.show(row.time)} {severity:<5} {owner} "
+
+
+def _child(row: Row) -> str:
+    """The prefix by which a child of the writer named itself, as it printed it: the agent made attributes of it."""
+    if not row.attributes or '"skyrl.child"' not in row.attributes:
+        return ""
+    said = json.loads(row.attributes)
+    return f"({visible(str(said.get('skyrl.child')))} pid={visible(str(said.get('process.pid', '?')))}) "
 
 
 def _one_word(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import subprocess
 import sys
@@ -125,10 +124,15 @@ def job() -> Iterator[Job]:
         yield Job(rows, files, terminal)
 
 
+def _child(row: dict[str, object]) -> str:
+    """Which process a line named in its prefix."""
+    return str(json.loads(str(row["attributes"] or "{}")).get("skyrl.child", ""))
+
+
 def _is_vllms(row: dict[str, object]) -> bool:
     """The truth, told without the router: by logger, by vLLM's prefix, by the actor."""
     who = json.loads(str(row["who"]))
-    if re.match(r"\(EngineCore pid=", str(row["body"])) or str(row["scope_name"]).startswith("vllm"):
+    if _child(row) == "EngineCore" or str(row["scope_name"]).startswith("vllm"):
         return True
     return who.get("ray.actor.class", "").startswith("VLLM")
 
@@ -159,7 +163,8 @@ def test_the_split_puts_each_record_in_its_file(job: Job) -> None:
     assert not wrong
     records = sum(not line.startswith("    ") for line in vllm + skyrl)
     assert records == len(job.rows), "a record is in neither file, or in both"
-    core = [row for row in job.rows if "(EngineCore pid=" in str(row["body"])]
-    assert core and any("EngineCore" in line for line in vllm) and not any("(EngineCore pid" in line for line in skyrl)
+    core = [row for row in job.rows if _child(row) == "EngineCore"]
+    assert core and any("(EngineCore pid=" in line for line in vllm)
+    assert not any("(EngineCore pid" in line for line in skyrl)
     for channel in ("infra", "progress"):
         assert not any(lines for name, lines in job.files.items() if name.startswith(channel))
