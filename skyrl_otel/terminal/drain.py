@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,9 +56,10 @@ def drain(
     ended_at: float,
     timeout_s: float,
     is_skipped: Callable[[], bool],
+    expected: Collection[str] = (),
     on_progress: Callable[[tuple[Node, ...]], None] = lambda late: None,
 ) -> Outcome:
-    """Wait until each agent that ever reported has delivered all.
+    """Wait until each agent that ever reported, and that of each `expected` node, has delivered all.
 
     This node's agent (`here`) must say so after `ended_at` (of time.monotonic), and so must every other whose node had
     living processes when it spoke last. One that said that all are gone and all is delivered has nothing to add.
@@ -68,7 +70,7 @@ def drain(
     nodes: tuple[Node, ...] = ()
     while True:
         try:
-            nodes = ask()
+            nodes = _with_silent(ask(), {*expected} - {here})
         except (OSError, http.client.HTTPException, ValueError):
             pass  # it is being restarted
         since_end_s = time.monotonic() - ended_at
@@ -79,6 +81,16 @@ def drain(
             return Outcome(nodes, late, skipped=is_skipped())
         on_progress(late)
         time.sleep(_ASK_EVERY_S)
+
+
+def _with_silent(nodes: tuple[Node, ...], expected: set[str]) -> tuple[Node, ...]:
+    """Also those who should have reported and have not; their reports are infinitely old."""
+    silent = sorted(expected - {node.name for node in nodes})
+    return nodes + tuple(
+        Node(name, math.inf, drained=False, writers_alive=0, backlog_bytes=0, sent_records=0, lost_bytes=0,
+             rejected_records=0, error="its agent has not reported")
+        for name in silent
+    )  # fmt: skip
 
 
 def _is_done(node: Node, here: str, since_end_s: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
@@ -56,6 +57,7 @@ def see_off(
             # Without a collector and an endpoint nothing can be delivered; the spool keeps it.
             timeout_s=config.drain_s if ready or config.endpoint else 0,
             is_skipped=impatient.is_set,
+            expected=_nodes_used(run_dir) if ready else (),
             on_progress=lambda late: waiting.tell(_late(late)),
         )
         collector.stop()
@@ -89,6 +91,14 @@ def _shutdown_began(run_dir: RunDir) -> int | None:
         return int(read_file(run_dir.path / "shutdown"))
     except (OSError, ValueError):
         return None
+
+
+def _nodes_used(run_dir: RunDir) -> tuple[str, ...]:
+    """Host names of the nodes on which the driver's process knew of workers."""
+    try:
+        return tuple(str(name) for name in json.loads(read_file(run_dir.path / "nodes")))
+    except (OSError, ValueError, TypeError):
+        return ()
 
 
 def _last_line(path: Path) -> str:

@@ -5,6 +5,7 @@ On a terminal a small block; elsewhere (a CI log, a file) one line, and one more
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _complaints(facts: Facts) -> list[tuple[str, ...]]:
             (f"{size(facts.unrecorded_bytes)} of what was printed here are not recorded: the spool took no more",)
         )
     found += [_still_holds(node, facts) for node in facts.outcome.late]
-    if not facts.outcome.nodes:
+    if all(math.isinf(node.age_s) for node in facts.outcome.nodes):
         found.append(
             (
                 f"this node's agent has not reported{': ' + visible(facts.agent_said) if facts.agent_said else ''}",

@@ -11,7 +11,12 @@ from skyrl_otel.terminal.drain import Node, Outcome, drain
 HERE = Node("here", 0.0, True, 0, 0, 10, 0, 0, "")
 
 
-def run(*answers: tuple[Node, ...] | Exception, timeout_s: float = 5.0, skip_after: int = 10**6) -> tuple[Outcome, int]:
+def run(
+    *answers: tuple[Node, ...] | Exception,
+    timeout_s: float = 5.0,
+    skip_after: int = 10**6,
+    expected: tuple[str, ...] = (),
+) -> tuple[Outcome, int]:
     """The outcome, and how often was asked. The last answer is repeated."""
     asked = 0
 
@@ -24,7 +29,12 @@ def run(*answers: tuple[Node, ...] | Exception, timeout_s: float = 5.0, skip_aft
         return answer
 
     outcome = drain(
-        ask, here="here", ended_at=time.monotonic() - 1, timeout_s=timeout_s, is_skipped=lambda: asked > skip_after
+        ask,
+        here="here",
+        ended_at=time.monotonic() - 1,
+        timeout_s=timeout_s,
+        is_skipped=lambda: asked > skip_after,
+        expected=expected,
     )
     return outcome, asked
 
@@ -58,3 +68,14 @@ def test_it_can_be_skipped() -> None:
     outcome, asked = run((replace(HERE, drained=False),), skip_after=2)
     assert outcome.skipped
     assert asked == 3
+
+
+def test_a_node_that_had_workers_is_waited_for_before_it_has_ever_reported() -> None:
+    there = replace(HERE, name="there")
+    assert run((HERE,), (HERE,), (HERE, there), expected=("here", "there"))[1] == 3
+
+
+def test_a_node_that_had_workers_and_never_reports_is_named() -> None:
+    outcome, _ = run((HERE,), timeout_s=0.3, expected=("there",))
+    assert [(node.name, node.error) for node in outcome.late] == [("there", "its agent has not reported")]
+    assert not outcome.complete

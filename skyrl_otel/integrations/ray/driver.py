@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import sys
 import time
@@ -40,6 +41,8 @@ _PASSED_ON = frozenset(
 )
 # What a cluster that is started here must not see: Ray copies the driver's environment into every worker.
 _HIDDEN = frozenset({"launched", "terminal_fd"})
+# How often the driver looks on which nodes it has workers, and how long it may take over that when it ends.
+_LOOK_S, _LAST_LOOK_S = 10.0, 0.05
 _served: set[str] = set()
 _HIDDEN_NAMES = tuple(name for v in VARIABLES if v.secret or v.field in _HIDDEN for name in v.names)
 
@@ -109,6 +112,20 @@ def _note_shutdown() -> None:
     running = runtime.current()
     if running is not None and "ray" in sys.modules and sys.modules["ray"].is_initialized():
         replace_file(running.run.path / "shutdown", str(time.time_ns()).encode())
+        _note_nodes(running, _LAST_LOOK_S)
+
+
+def _note_nodes(running: runtime.Runtime, timeout_s: float) -> float | None:
+    """Leave the launcher a list of the nodes on which this job has had workers: it waits for their agents at the end."""
+    import ray._private.worker as ray_worker
+
+    worker = ray_worker.global_worker
+    if not worker.connected:
+        return None
+    names = kv.announced_nodes(running.run.run_id, worker.current_job_id.hex(), timeout_s)
+    if names:
+        replace_file(running.run.path / "nodes", json.dumps(names).encode())
+    return _LOOK_S
 
 
 class _Prepared:
@@ -230,6 +247,7 @@ def _after_init(run: RunDir) -> None:
     session = ray_worker._global_node.get_session_dir_path()
     node.SessionFiles(running.run, session, from_start=own_session, facts=node.facts(worker)).start(running.watch)
     running.watch.add("agent", running.ensure_agent)
+    running.watch.add("nodes", lambda: _note_nodes(running, _LOOK_S), _LOOK_S)
 
 
 class _Unwrapped:

@@ -16,11 +16,15 @@ from skyrl_otel.capture import fds, guard, identity, runtime
 from skyrl_otel.capture.runtime import Runtime
 from skyrl_otel.capture.stream import LineStream
 from skyrl_otel.config import Config
+from skyrl_otel.spool.layout import open_file
 
 POINTER = "skyrl-otel: output of this actor is recorded"
 # A raylet that was started under `skyrl-otel run` hands these on; they are about another process's terminal.
 _NOT_FOR_WORKERS = ("SKYRL_OTEL_LAUNCHER", "SKYRL_OTEL_TERMINAL_FD", "SKYRL_OTEL_ECHO")
 _ACTOR, _TASK, _JOB = ":actor_name:", ":task_name:", ":job_id:"
+
+# How long the first worker on a node may wait for the cluster's key-value store, which answers in a millisecond.
+_KV_S = 1.0
 
 # After so many changes of task a worker stops saying which one it runs: identity files must not grow without bound.
 _MOST_TASK_CHANGES = 2000
@@ -33,6 +37,7 @@ def start() -> None:
     if running is not None:
         running.install_streams(Markers(running))
         _follow_streams(running)
+        _open_node(running)
 
 
 @guard.never_raises
@@ -45,6 +50,7 @@ def attach(stated: Mapping[str, Any]) -> None:
     markers = Markers(running)
     running.install_streams(markers)
     _follow_streams(running)
+    _open_node(running)
     markers.enter_actor(None)
     running.publish(stated)
 
@@ -98,6 +104,29 @@ def _follow_streams(running: Runtime) -> None:
         running.records_only(facts)
     running.start_recording()
     running.watch.add("rest", Rest(running))
+
+
+def _open_node(running: Runtime) -> None:
+    """For the first worker of a job on a node: an agent that knows where to send, and a driver that knows of the node.
+
+    Not left to the watch thread: a short job is over, and its workers are killed, before that has had its turn; then their
+    lines would lie on a node that nobody waits for. All later workers pay one failing open(2).
+    """
+    import ray._private.worker as ray_worker
+
+    job_id = ray_worker.global_worker.current_job_id.hex()
+    try:
+        os.close(open_file(running.run.path / f"job-{job_id}", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    from skyrl_otel.integrations.ray import kv
+    from skyrl_otel.spool import token
+
+    running.ensure_agent()
+    with guard.guarded("ray.open_node"):
+        kv.announce_node(running.run.run_id, job_id, os.uname().nodename, _KV_S)
+        if token.read(running.run) is None and (found := kv.get_shipping(running.run.run_id, _KV_S)) is not None:
+            token.write(running.run, found)
 
 
 class Rest:
