@@ -84,7 +84,7 @@ def test_two_minutes(spool_root: Path) -> None:
             "cores_used": cpu,
             "peak_mb": {"otelcol": round(otelcol.memory_mb()), "loki": round(loki.memory_mb())},
             "lines": load.lines,
-            "counted": loki.count('{skyrl_run_id="run"} |= "EngineCore"')[""],
+            "counted": loki.count('{skyrl_run_id="run"} |= "Engine 000"')[""],
             "queue_before_loki_full": round(queue, 2),
         }
         print(json.dumps(figure))
