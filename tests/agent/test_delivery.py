@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from skyrl_otel.spool import locks
+from skyrl_otel.spool.checkpoint import Checkpoint
 from skyrl_otel.spool.writer import WriterFolder
 from tests.agent.conftest import Node, wait_for
 from tests.receiver import OK, Receiver, Reply
@@ -349,9 +349,7 @@ def test_the_low_water_mark_follows_the_checkpoint(node: Node) -> None:
         if "/out/" in item
     ]
     assert marks == [f"{folder.writer_id}/out/0={offset}" for offset in (0, 2, 4)]
-    checkpoint = json.loads((folder.path / "checkpoint").read_bytes())
-    wait_for(lambda: json.loads((folder.path / "checkpoint").read_bytes())["files"]["out"][1] == 6)
-    assert checkpoint["rules"] >= 1
+    wait_for(lambda: Checkpoint.read(folder.path / "checkpoint").files["out"].offset == 6)
 
 
 def test_a_line_waits_for_its_rank_and_not_longer(node: Node) -> None:

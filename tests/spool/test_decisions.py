@@ -51,6 +51,24 @@ def test_a_checkpoint_is_the_old_or_the_new_one(spool_root: Path) -> None:
     first = Checkpoint({"out": Position(1, 4096, [2, [], []], 77)}, 5)
     first.write(path)
     assert Checkpoint.read(path) == first
+    size_of_first = path.stat().st_size
+    second = Checkpoint({"out": Position(1, 8192, None, 78)}, 6)
+    second.write(path)
+    assert Checkpoint.read(path) == second
+    whole = path.read_bytes()
+    for size in range(size_of_first, len(whole)):
+        path.write_bytes(whole[:size])
+        assert Checkpoint.read(path) == first
+        second.write(path)  # behind what a full disk, or a kill, left
+        assert Checkpoint.read(path) == second
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError):
         Checkpoint.read(path)
+
+
+def test_a_checkpoint_file_does_not_grow_without_bound(spool_root: Path) -> None:
+    path = spool_root / "checkpoint"
+    for number in range(2000):
+        Checkpoint({"out": Position(0, number)}).write(path)
+    assert path.stat().st_size < 100_000
+    assert Checkpoint.read(path).files["out"].offset == 1999
