@@ -26,7 +26,10 @@ def run(quick: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="sk-idle-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         run = layout.open_run(root, "bench")
-        writers = [WriterFolder.create(run, facts={"role": "rollout", "rank": rank}) for rank in range(SPOOLS)]
+        writers = [
+            WriterFolder.create(run, facts={"role": "rollout", "rank": rank, "pid": os.getpid()})
+            for rank in range(SPOOLS)
+        ]
         sink = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.sink", str(root / "sink")], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )

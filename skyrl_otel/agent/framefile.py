@@ -52,6 +52,8 @@ class FrameFile(TextFile):
         self._noted = 0
         # What was given up in segments that are not begun yet: generation → losses.
         self._later_losses: dict[int, list[Decision]] = {}
+        self._next_path = str(self._segment_path(1))
+        self._is_last = False  # whether there was no further segment at the last look
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
@@ -61,6 +63,7 @@ class FrameFile(TextFile):
 
     def _point(self) -> None:
         self.path = self._folder / f"records.{self.acked.generation}"
+        self._next_path = str(self._segment_path(1))
         self._noted = self.acked.offset
 
     def _start_generation(self, decision: Decision) -> None:
@@ -74,7 +77,7 @@ class FrameFile(TextFile):
         grew = super().observe(now, final=final)
         if self._fd >= 0 and self._noted < self.seen:
             self._read_notes()
-        while not grew and self._fd >= 0 and self._segment_path(1).exists():
+        while not grew and self._fd >= 0 and self._has_next():
             if self.unacked:
                 self._end_tail()
                 break
@@ -85,6 +88,10 @@ class FrameFile(TextFile):
 
     def _segment_path(self, ahead: int) -> Path:
         return self._folder / f"records.{self.generation + ahead}"
+
+    def _has_next(self) -> bool:
+        self._is_last = not os.path.exists(self._next_path)
+        return not self._is_last
 
     def _later(self) -> Iterator[tuple[int, int]]:
         """(generation, size) of the segments behind the present one."""
@@ -98,6 +105,8 @@ class FrameFile(TextFile):
 
     @property
     def backlog(self) -> int:
+        if self._is_last:
+            return super().backlog
         given_up: int = sum(loss.value["bytes"] for losses in self._later_losses.values() for loss in losses)
         return super().backlog + max(sum(size for _, size in self._later()) - given_up, 0)
 

@@ -25,18 +25,18 @@ class Watcher:
     def __init__(self) -> None:
         self.fd = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         self.available = self.fd >= 0
-        self._keys: dict[int, object] = {}
+        self._keys: dict[int, str] = {}
 
-    def watch_folder(self, path: Path, key: object) -> bool:
-        """`key` comes back from `events` each time something is renamed into `path`."""
-        return self._add(path, _MOVED_TO, key)
+    def watch_folder(self, path: Path) -> bool:
+        """The names of what is renamed into `path` come from `events`, as bytes."""
+        return self._add(path, _MOVED_TO, "")
 
-    def arm(self, path: Path, key: object) -> bool:
+    def arm(self, path: str, key: str) -> bool:
         """`key` comes back once, when the file is written, closed by its last writer, moved or deleted."""
         return self._add(path, _MODIFY | _CLOSE_WRITE | _MOVE_SELF | _DELETE_SELF | _ONESHOT, key)
 
-    def events(self) -> Iterator[object]:
-        """The keys whose watches fired. None among them: the queue overflowed, look at everything."""
+    def events(self) -> Iterator[str | bytes | None]:
+        """The keys whose watches fired, and names. None among them: the queue overflowed, look at everything."""
         if not self.available:
             return
         while True:
@@ -47,15 +47,16 @@ class Watcher:
             position = 0
             while position < len(data):
                 number, mask, _, length = _EVENT.unpack_from(data, position)
+                name = data[position + _EVENT.size : position + _EVENT.size + length]
                 position += _EVENT.size + length
                 if mask & _OVERFLOW:
                     yield None
                 elif mask & _IGNORED:
                     self._keys.pop(number, None)
                 elif number in self._keys:
-                    yield self._keys[number]
+                    yield self._keys[number] or name.rstrip(b"\0")
 
-    def _add(self, path: Path, mask: int, key: object) -> bool:
+    def _add(self, path: Path | str, mask: int, key: str) -> bool:
         if not self.available:
             return False
         number = _libc.inotify_add_watch(self.fd, os.fsencode(path), ctypes.c_uint32(mask))

@@ -1,12 +1,14 @@
 """The working child: looks, decides, sends, moves checkpoints; one thread but for the sender and the reporter.
 
-A *pass* looks at every active writer. Writers that were quiet for a second are left to inotify. While a request is under
+A *pass* looks at every active writer. Writers that were quiet for a tenth of a second are left to inotify; they have
+nothing that is not delivered. While a request is under
 way the next one is prepared, so that reading and the receiver's work overlap; nothing more is read ahead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -17,6 +19,7 @@ import socket
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from skyrl_otel.agent import supervise
 from skyrl_otel.agent.ballast import Ballast
@@ -39,7 +42,7 @@ PASS_S = 0.03
 _PASS_SHARE, _SLOWEST_PASS_S = 10, 0.5
 """A pass may take a tenth of the time, but there is one each half second."""
 
-_QUIET_S = 1.0
+_QUIET_S = 0.1
 _HOUSEKEEPING_S = 1.0
 _SWEEP_S = 20.0
 _STATUS_S = 2.0
@@ -79,7 +82,7 @@ class Agent:
         self._epoll.register(link.fileno(), select.EPOLLIN)
         if self._watcher.available:
             self._epoll.register(self._watcher.fd, select.EPOLLIN)
-            self._watcher.watch_folder(run.path, "run")
+        self._sees_writers = self._watcher.watch_folder(run.path)
         self._pidfds: dict[int, str] = {}
         self._watched: set[str] = set()  # whose pidfd is, or was, in _pidfds
         self._reporter = Reporter()
@@ -92,6 +95,7 @@ class Agent:
         self._inflight: Batch | None = None
         self._prepared: Batch | None = None
         self._not_before = 0.0
+        self._with_work: dict[str, None] = {}  # who had work at the last look, in the order of their turns
         self._budget = BATCH_BYTES
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll.register(self._wake_r, select.EPOLLIN)
@@ -116,8 +120,10 @@ class Agent:
             now = time.monotonic()
             if now >= next_keeping:
                 next_keeping = now + _HOUSEKEEPING_S
-                self._find_writers()
+                if not self._sees_writers:
+                    self._find_writers()
                 self._load_shipping()
+                self._look_round()
                 self._bound_space()
                 self._ballast.keep()
                 for writer_id in list(self._unwritten):
@@ -138,10 +144,9 @@ class Agent:
                 next_pass = began + min(max(PASS_S, _PASS_SHARE * spent), _SLOWEST_PASS_S)
             self._answer()
             self._send()
-            drained = self._is_drained()
-            if now >= next_status or (drained and not self._was_drained):
+            if now >= next_status or (not self._was_drained and self._is_drained()):
                 next_status = now + _STATUS_S
-                self._report(drained)
+                self._report(self._is_drained())
             wakes = [next_keeping, next_status]
             if self._active:
                 wakes.append(next_pass)
@@ -166,15 +171,19 @@ class Agent:
                 self._activate(self._pidfds.pop(descriptor))
 
     def _woken(self) -> None:
-        for key in self._watcher.events():
-            if key == "run":  # something was renamed into the run's folder: a writer, or the token
-                self._find_writers()
-                self._load_shipping()
-            elif isinstance(key, str):
+        found: set[str | bytes | None] = set(self._watcher.events())
+        for key in found:
+            if isinstance(key, str):
                 self._activate(key)
-            elif key is None:
-                for writer_id in self._writers:
-                    self._activate(writer_id)
+        if None in found:
+            self._find_writers()
+            self._load_shipping()
+            for writer_id in self._writers:
+                self._activate(writer_id)
+        elif any(isinstance(key, bytes) and key.startswith(b"w-") for key in found):
+            self._find_writers()
+        if os.fsencode(self._run.token.name) in found:
+            self._load_shipping()
 
     def _parent_died(self) -> None:
         self._epoll.unregister(self._link.fileno())
@@ -227,6 +236,8 @@ class Agent:
                 self._watch_pid(writer)
                 writer.flush()
                 writer.bound_journal()
+                if writer.has_work:
+                    self._with_work.setdefault(writer_id)
             except OSError as error:
                 self._trouble(writer, error)
                 continue
@@ -244,8 +255,7 @@ class Agent:
 
     def _rest(self, writer: Writer) -> None:
         """Leave a quiet writer to inotify; without a watch it stays active."""
-        paths = [writer.folder / "identity", *(file.path for file in writer.files.values())]
-        if not all(self._watcher.arm(path, writer.writer_id) for path in paths):
+        if not all(self._watcher.arm(path, writer.writer_id) for path in writer.paths()):
             return
         del self._active[writer.writer_id]
         try:
@@ -254,12 +264,24 @@ class Agent:
         except OSError as error:
             self._trouble(writer, error)
 
+    def _look_round(self) -> None:
+        """Look at some of those that are left to inotify, so that within `_SWEEP_S` each one had its turn: it may have ended
+        without anybody telling."""
+        for _ in range(math.ceil(len(self._writers) * _HOUSEKEEPING_S / _SWEEP_S)):
+            writer_id, writer = next(iter(self._writers.items()))
+            self._writers.move_to_end(writer_id)
+            if writer_id in self._active:
+                continue
+            try:
+                if writer.observe(time.time_ns()) or writer.ended:
+                    self._activate(writer_id)
+            except OSError as error:
+                self._trouble(writer, error)
+
     def _sweep(self) -> None:
-        """Look at everything once in a while: a writer whose end nobody told, rubbish of writers that never came to be."""
+        """Once in a while: writers that nobody told of or could not be read, rubbish of those that never came to be."""
         self._troubles.clear()
         self._find_writers(broken_too=True)
-        for writer_id in self._writers:
-            self._activate(writer_id)
         try:
             rubbish = list(self._run.path.glob("t-*"))
         except OSError:
@@ -353,7 +375,7 @@ class Agent:
             self._load_shipping()
         if self._sender is None:
             return
-        if self._prepared is None:
+        if self._prepared is None and self._with_work:
             self._prepared = self._build()
         if self._inflight is None and self._prepared and not self._prepared.records:
             batch, self._prepared = self._prepared, None
@@ -363,16 +385,23 @@ class Agent:
             self._sender.submit(self._inflight.body, ",".join(self._inflight.low_water))
 
     def _build(self) -> Batch | None:
-        with_work = [self._writers[writer_id] for writer_id in self._active if self._writers[writer_id].has_work]
-        if not with_work:
-            return None
-        batch = build(with_work, self._budget)
+        batch = build(self._turns(), self._budget)
         for writer, error in batch.failed:
             self._trouble(writer, error)
-        for writer_id in batch.writer_ids:  # the next request begins with those who had no turn
-            if writer_id in self._active:
-                self._active[writer_id] = self._active.pop(writer_id)
+        for writer_id in (
+            batch.writer_ids & self._with_work.keys()
+        ):  # the next request begins with those who had no turn
+            del self._with_work[writer_id]
+            self._with_work[writer_id] = None
         return batch or None
+
+    def _turns(self) -> Iterator[Writer]:
+        for writer_id in list(self._with_work):
+            writer = self._writers.get(writer_id)
+            if writer is not None and writer.has_work:
+                yield writer
+            else:
+                del self._with_work[writer_id]
 
     def _answer(self) -> None:
         answer = self._sender.take_answer() if self._sender else None
@@ -458,7 +487,8 @@ class Agent:
 
     def _bound_space(self) -> None:
         """Past the cap, or with the disk nearly full, the oldest bytes that are not under way go."""
-        backlog = sum(w.backlog_bytes for w in self._writers.values() if "follow" not in w.facts)
+        active = [self._writers[writer_id] for writer_id in self._active]  # nobody else has a backlog
+        backlog = sum(w.backlog_bytes for w in active if "follow" not in w.facts)
         if not backlog:
             return
         excess = backlog - self._spool_max
@@ -470,7 +500,7 @@ class Agent:
             short = 0
         why = "the spool reached its cap (SKYRL_OTEL_SPOOL_MAX)" if excess > 0 else "the spool's disk is nearly full"
         excess = max(excess, short)
-        for writer in sorted(self._writers.values(), key=lambda w: -w.backlog_bytes):
+        for writer in sorted(active, key=lambda w: -w.backlog_bytes):
             if excess <= 0:
                 return
             try:
@@ -485,13 +515,13 @@ class Agent:
                 return
 
     def _is_drained(self) -> bool:
-        if self._inflight is not None or self._broken:
+        if self._inflight is not None or self._with_work or self._broken:
             return False
-        return all(writer.is_drained for writer in self._writers.values())
+        return all(self._writers[writer_id].is_drained for writer_id in self._active)  # who rests has nothing left
 
     def _report(self, drained: bool) -> None:
         if drained:  # the truth of this moment, not of the last look: somebody waits for this word and then goes
-            self._woken()
+            self._sleep(0.0)
             self._pass()
             drained = self._is_drained()
         self._was_drained = drained
@@ -502,7 +532,7 @@ class Agent:
             pid=os.getpid(),
             supervisor_pid=os.getppid(),
             time_unix_nano=time.time_ns(),
-            backlog_bytes=sum(writer.backlog_bytes for writer in self._writers.values()),
+            backlog_bytes=sum(self._writers[writer_id].backlog_bytes for writer_id in self._active),
             drained=drained,
             writers=len(self._writers),
             writers_alive=sum(not writer.ended for writer in self._writers.values()),

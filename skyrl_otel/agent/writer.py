@@ -18,6 +18,7 @@ from skyrl_otel.spool import identity, locks
 from skyrl_otel.spool.checkpoint import Checkpoint
 from skyrl_otel.spool.decisions import Decision, Journal
 from skyrl_otel.spool.layout import read_file
+from skyrl_otel.spool.writer import FIRST_SEGMENT
 
 EVENT_SCOPE = otlp.scope("skyrl_otel.agent")
 
@@ -57,6 +58,8 @@ class Writer:
         self.lost_bytes = 0
         self._run_id = run_id
         self._moments = moments or Moments()
+        self._identity_path = str(folder / "identity")
+        self._lock_path = folder / ("out" if (folder / "out").exists() else FIRST_SEGMENT)
         self._lines: list[identity.IdentityLine] = []
         self._identity_size = -1
         self._identity_since = 0
@@ -147,11 +150,10 @@ class Writer:
 
     def read_identity(self, now: int) -> None:
         """Read what the writer says of itself; new lines are assigned to its files. Raises OSError."""
-        path = self.folder / "identity"
-        size = os.stat(path).st_size
+        size = os.stat(self._identity_path).st_size
         if size == self._identity_size:
             return
-        lines = identity.parse(read_file(path))
+        lines = identity.parse(read_file(Path(self._identity_path)))
         self._identity_size = size
         fresh = lines[len(self._lines) :]
         self._lines = lines
@@ -246,6 +248,10 @@ class Writer:
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
+    def paths(self) -> list[str]:
+        """The files whose change is news of this writer."""
+        return [self._identity_path, *(str(file.path) for file in self.files.values())]
+
     def observe(self, now: int) -> bool:
         """Look at everything once; True if something is new. Raises OSError for a folder that is gone or unreadable."""
         before = self._identity_size
@@ -316,6 +322,8 @@ class Writer:
 
     def is_alive(self) -> bool:
         """Whether somebody still holds one of the writer's locks."""
+        if locks.is_held(self._lock_path):  # what the living hold most often, and cheap to ask
+            return True
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
