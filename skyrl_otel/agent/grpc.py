@@ -22,7 +22,7 @@ _DETAILS = "grpc-status-details-bin"
 _RETRY_INFO = b"google.rpc.RetryInfo"
 _NOT_HERE_S = 30.0
 
-_RETRYABLE = {"CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"}
+_RETRYABLE = {"CANCELLED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"}
 _MISCONFIGURED = {"UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED"}
 _TOO_LARGE = ("larger than max", "message too large", "message size exceeds")
 
@@ -98,6 +98,8 @@ def judge(code: str, details: str, status: bytes, target: str) -> Answer:
     """What a gRPC status means for the batch; `status` is an encoded google.rpc.Status with a RetryInfo, perhaps."""
     said = f"{target} answered {code}: {details}".rstrip(": ")
     wait_s = retry_delay_s(status)
+    if code == "DEADLINE_EXCEEDED":  # of ours: there is no other
+        return Answer("unanswered", f"{said}{_advice(details)}", 0, wait_s or 0.0)
     if code in _RETRYABLE:
         return Answer("retry", f"{said}{_advice(details)}", 0, wait_s or 0.0)
     if code == "RESOURCE_EXHAUSTED":

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from skyrl_otel.spool.token import Shipping
 
-Verdict = Literal["accepted", "retry", "refused", "unauthorized", "too_large"]
+Verdict = Literal["accepted", "retry", "unanswered", "refused", "unauthorized", "too_large"]
 
 LOW_WATER_HEADER = "skyrl-otel-low-water"
 
@@ -34,7 +34,7 @@ _TLS_SAID = "{} is a TLS port; write https://"
 CONNECTION_S = 300.0
 """A connection is not kept longer: collectors that were added or moved since are found by asking the resolver again."""
 
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S, _UNAUTHORIZED_S = 0.2, 15.0, 5.0
+_FIRST_BACKOFF_S, _LAST_BACKOFF_S, _LAST_UNANSWERED_S, _UNAUTHORIZED_S = 0.2, 15.0, 300.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Sender:
                 answer = client.post(body, low_water)
             except Exception as error:  # a URL or header that no library takes: an answer, or nobody ever gets one
                 answer = Answer("unauthorized", f"{self.shipping.endpoint}: {error}; check OTEL_EXPORTER_OTLP_ENDPOINT")
-            if answer.verdict in ("retry", "unauthorized"):
+            if answer.verdict in ("retry", "unanswered", "unauthorized"):
                 self._failures += 1
                 answer = Answer(answer.verdict, answer.reason, 0, answer.wait_s or self._backoff(answer.verdict))
             else:
@@ -123,8 +123,10 @@ class Sender:
     def _backoff(self, verdict: Verdict) -> float:
         if verdict == "unauthorized":
             return _UNAUTHORIZED_S
+        # A receiver that takes requests and never answers (a full queue behind it) may keep what it is sent, each time anew.
+        longest = _LAST_UNANSWERED_S if verdict == "unanswered" else _LAST_BACKOFF_S
         # Full jitter: a thousand agents must not return to a restarted collector at the same moment.
-        ceiling = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * (1 << min(self._failures, 10)))
+        ceiling = min(longest, _FIRST_BACKOFF_S * (1 << min(self._failures, 12)))
         return ceiling * (0.5 + random.random() / 2)
 
 
@@ -157,13 +159,15 @@ class Client:
         try:
             return self._attempt(body, headers)
         except (OSError, http.client.HTTPException, ValueError) as error:
+            was_connected = self._connection is not None and self._connection.sock is not None
             self.close()
             if not fresh and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
                 # The receiver closed an idle kept connection: no failure, try a new one at once.
                 return self.post(body if "content-encoding" not in headers else gzip.decompress(body), low_water)
             if isinstance(error, (ConnectionResetError, http.client.BadStatusLine)) and self._is_tls_port():
                 return Answer("unauthorized", _TLS_SAID.format(self._shipping.endpoint))
-            return Answer("retry", f"{self._shipping.endpoint}: {_explain(error)}")
+            verdict: Verdict = "unanswered" if was_connected and isinstance(error, TimeoutError) else "retry"
+            return Answer(verdict, f"{self._shipping.endpoint}: {_explain(error)}")
 
     def close(self) -> None:
         if self._connection is not None:

@@ -12,7 +12,8 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         r"entry too far behind|too_far_behind",
         (
             "these lines lie further behind the newest of their stream than half of Loki's ingester.max_chunk_age;"
-            " raise it (deploy/collector/loki.yaml has 50h) and replay again"
+            " raise it (deploy/collector/loki.yaml has 50h) and replay again; a Loki of several processes needs"
+            " querier.query_ingesters_within above it too"
         ),
     ),
     (
@@ -68,6 +69,13 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         "the receiver is asked for more than it allows; agents wait as it says and come again",
     ),
     (r"\b503\b|\bUNAVAILABLE\b", "the receiver is not ready or is overloaded; agents wait and come again"),
+    (
+        r"no answer in time|DEADLINE_EXCEEDED",
+        (
+            "the receiver took the request and did not answer: what stands behind it (Loki) is slow or gone and its queue"
+            " is full (sending_queue.queue_size); agents wait longer each time and come again"
+        ),
+    ),
     (r"certificate (?:has )?expired", "renew the receiver's certificate; agents try again by themselves"),
     (
         r"Connection refused",

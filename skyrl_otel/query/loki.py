@@ -37,6 +37,9 @@ _GROWTH = 8
 _LATE_NS = 120 * 10**9
 """`follow` shows what arrives up to this late: lines of a node come in their order, but nodes one after another."""
 
+_OVERLAP_NS, _WIDE_PAUSE = 5 * 10**9, 4.0
+"""Between two looks over all of that it goes this little back; pauses between those are this many times their length."""
+
 
 class LokiError(Exception):
     """Loki did not answer, or answered that it will not; the message says what and what to do."""
@@ -151,18 +154,28 @@ class LokiSource:
             yield record
 
     def follow(self, wanted: Filter, is_over: Callable[[], bool]) -> Iterator[Record | None]:
-        """Raises LokiError."""
+        """Raises LokiError.
+
+        What arrives in order is seen at the next look. What arrives late is seen at a look over all of `_LATE_NS`, which is
+        taken as often as its length allows: always, but where thousands of lines come each second.
+        """
+        next_wide, newest = 0.0, self._newest
         while True:
-            over = is_over()
-            horizon = max(time.time_ns() - _LATE_NS, self._began - _LATE_NS, wanted.since_unix_nano or 0)
+            over, began = is_over(), time.monotonic()
+            is_wide = over or began >= next_wide
+            oldest = max(time.time_ns() - _LATE_NS, self._began - _LATE_NS, wanted.since_unix_nano or 0)
+            horizon = oldest if is_wide else max(oldest, newest - _OVERLAP_NS)
             for record in in_order(self._pages(wanted, horizon, newest_first=False)):
+                newest = max(newest, record.time_unix_nano)
                 if _key(record) not in self._seen:
                     self._seen[_key(record)] = None
                     # What a limit left out is not new. (A line that came late in this very second passes for such.)
                     if not self._left_out or record.time_unix_nano > self._newest:
                         yield record
             self._left_out = False
-            self._seen = {key: None for key in self._seen if key[0] >= horizon}
+            self._seen = {key: None for key in self._seen if key[0] >= oldest}
+            if is_wide:
+                next_wide = time.monotonic() + _WIDE_PAUSE * (time.monotonic() - began)
             yield None
             if over:
                 return

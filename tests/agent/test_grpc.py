@@ -120,6 +120,7 @@ def test_a_request_that_is_too_large_is_split(node: Node, server: Server) -> Non
     [
         ("UNAVAILABLE", "", b"", "retry", 0.0),
         ("UNAVAILABLE", "", RETRY_INFO, "retry", 2.5),
+        ("DEADLINE_EXCEEDED", "", b"", "unanswered", 0.0),
         ("RESOURCE_EXHAUSTED", "queue", RETRY_INFO, "retry", 2.5),
         ("RESOURCE_EXHAUSTED", "queue", b"\xff", "retry", 0.0),
         ("RESOURCE_EXHAUSTED", "received message larger than max (5 vs. 4)", b"", "too_large", 0.0),

@@ -91,3 +91,18 @@ def test_a_connection_is_renewed_and_the_resolver_asked_again(monkeypatch: pytes
     client.close()
     first.close()
     second.close()
+
+
+def test_a_receiver_that_takes_and_never_answers_is_asked_less_and_less_often() -> None:
+    """Behind a full queue each try may be kept, and be one more copy in the receiver's own file."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/logs"
+        answer = Client(Shipping(address, {}, timeout_s=0.2)).post(b"")
+    assert answer.verdict == "unanswered" and "no answer in time" in answer.reason
+    sender = ship.Sender(Shipping("http://127.0.0.1:9", {}), Client)
+    try:
+        sender._failures = 30
+        assert 150.0 <= sender._backoff("unanswered") <= 300.0
+        assert sender._backoff("retry") <= 15.0
+    finally:
+        sender.close()

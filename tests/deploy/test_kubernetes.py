@@ -1,6 +1,6 @@
 """The manifests against Kubernetes' own schemas (kubernetes-validate 1.37 bundles them), strictly: unknown keys fail.
 
-KubeRay's schema is on no registry that the tests use: of a RayJob each pod template is checked, wrapped as a Pod.
+Of a RayJob each pod template is checked, wrapped as a Pod; tests/stack/test_rayjob.py has KubeRay's own schema.
 """
 
 from __future__ import annotations

@@ -45,6 +45,31 @@ def test_there_is_one_collector_in_each_profile() -> None:
     assert set(_services()) == set()
 
 
+def test_each_variable_is_in_the_example() -> None:
+    text = (DEPLOY / "env.example").read_text()
+    for name in re.findall(r"\$\{([A-Z_]+)[:}]", (CHECKOUT / "docker-compose.yml").read_text()):
+        assert f"{name}=" in text, f"env.example does not name {name}"
+
+
+def test_it_starts_on_a_machine_of_any_size() -> None:
+    # Docker refuses a limit above the machine's cores.
+    assert all(float(service.get("cpus", 0)) == 0 for service in _services("files", "grafana").values())
+
+
+def test_grafana_is_not_opened_to_others_with_its_first_password() -> None:
+    done = _load("grafana", SKYRL_OTEL_TOKEN="secret", GRAFANA_LISTEN="0.0.0.0")
+    assert done.returncode == 1 and "set GRAFANA_PASSWORD in .env before GRAFANA_LISTEN" in done.stderr
+    opened = _services("grafana", GRAFANA_LISTEN="0.0.0.0", GRAFANA_PASSWORD="own")["grafana"]
+    assert opened["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "own"
+    # Nothing that training pods know opens it.
+    assert "secret" not in json.dumps(_services("grafana")["grafana"])
+
+
+def test_a_key_that_only_its_owner_may_read_can_be_mounted() -> None:
+    for name in ("collector", "collector-loki"):
+        assert _services("files", "grafana")[name]["cap_add"] == ["DAC_READ_SEARCH"]
+
+
 def test_versions_are_the_ones_built_and_tested() -> None:
     services = _services("files", "grafana")
     built = (DEPLOY / "recipes/otelcol/builder.yaml").read_text()

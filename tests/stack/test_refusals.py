@@ -141,6 +141,24 @@ def test_requests_larger_than_the_collector_takes(bench: Bench) -> None:
     bench.expect_all()
 
 
+def test_whatever_the_channel_says_there_is_a_route(bench: Bench) -> None:
+    """No channel, a number, another spelling: infra. Nothing is in neither file, nothing in both."""
+    from tests.collector_process import Line, request
+
+    bench.otelcol.start()
+    base = bench.otelcol.url + "/v1/logs" if bench.protocol != "grpc" else bench.otelcol.grpc_url
+    connection = connect(Shipping(base, GOOD, bench.protocol, timeout_s=20.0))
+    channels: dict[str, object] = {"none": None, "number": 7, "other": "Progress", "infra": "infra", "mine": "progress"}
+    for name, channel in channels.items():
+        resource = {"service.name": "x"} | ({} if channel is None else {"skyrl.channel": channel})
+        made = request([Line(f"routed {name}", (0, 1))], resource)
+        assert connection.post(made.SerializeToString()).verdict == "accepted"
+    connection.close()
+    expected = ["routed infra", "routed none", "routed number", "routed other"]
+    wait_for(lambda: sorted(record["body"] for record in bench.otelcol.recorded()) == expected, "infra's file")
+    wait_for(lambda: bench.otelcol.stdout.read_text().split("\n") == ["routed mine", ""], "stdout")
+
+
 def test_twenty_megabytes_at_once(bench: Bench) -> None:
     """Ours never send that; what the real limits answer is known to be too large, and nothing else."""
     bench.otelcol.start()

@@ -20,8 +20,7 @@ pytestmark = [pytest.mark.collector, pytest.mark.loki, pytest.mark.timeout(500)]
 WARM_UP_S, MEASURED_S, WITHOUT_LOKI_S = 20.0, 120.0, 30.0
 BACKLOG_BYTES = 30_000_000
 LINE = (
-    b"(EngineCore pid=%d) INFO 11-23 14:%02d:%02d [loggers.py:257] Engine 000: "
-    b"Avg prompt throughput: %d.3 tokens/s, Running: 8 reqs\n"
+    b"(EngineCore pid=%d) INFO %b [loggers.py:257] Engine 000: Avg prompt throughput: %d.3 tokens/s, Running: 8 reqs\n"
 )
 
 
@@ -43,7 +42,8 @@ class Load:
                 time.sleep(0.05)
                 continue
             for writer in self.writers:
-                chunk = b"".join(LINE % (os.getpid(), n // 60 % 60, n % 60, self.lines + n) for n in range(2_000))
+                when = time.strftime("%m-%d %H:%M:%S").encode()
+                chunk = b"".join(LINE % (os.getpid(), when, self.lines + n) for n in range(2_000))
                 os.write(writer.fds["out"], chunk)
                 self.lines += 2_000
                 self.size += len(chunk)
