@@ -192,7 +192,7 @@ def test_a_full_queue_keeps_few_copies_and_loses_nothing(spool_root: Path, folde
     """Loki is away longer than the queue in front of it is large. A request that waits there is in the collector's file by
     then, once for each try of its agent: measured here, and few, because an agent that is not answered waits longer each time."""
     loki = Loki(folder / "loki")
-    otelcol = Otelcol(folder / "otelcol", loki, OTELCOL_QUEUE_BYTES="300000")
+    otelcol = Otelcol(folder / "otelcol", loki, OTELCOL_QUEUE_BYTES="1200000", OTELCOL_LOKI_CONSUMERS="1")
     node = Node(spool_root)
     headers = {"authorization": f"Bearer {TOKEN}"}
     try:
@@ -200,7 +200,7 @@ def test_a_full_queue_keeps_few_copies_and_loses_nothing(spool_root: Path, folde
         token.write(node.run, Shipping(f"{otelcol.url}/v1/logs", headers, compression="gzip", timeout_s=2.0))
         node.start()
         writer = node.writer(role="policy", rank=0)
-        written = 20_000
+        written = 60_000
         os.write(writer.fds["out"], b"".join(b"crash-line %d\n" % n for n in range(written)))
         wait_for(lambda: node.status().get("retries", 0) >= 5, "it waited for an answer in vain five times", 60)
         assert "no answer in time" in str(node.status()["error"])

@@ -289,7 +289,9 @@ def _uid(record: Record) -> str:
 def test_the_queries_of_the_docs_are_queries(both: Both) -> None:
     text = (CHECKOUT / "docs" / "operations.md").read_text()
     block = text.partition("```logql\n")[2].partition("```")[0]
-    queries = [line.partition("   #")[0].strip().replace("night-7", RUN).replace('"3"', '"1"') for line in block.splitlines()]
+    queries = [
+        line.partition("   #")[0].strip().replace("night-7", RUN).replace('"3"', '"1"') for line in block.splitlines()
+    ]
     assert len(queries) >= 5
     reader = LokiReader(both.loki.url)
     now = time.time_ns()
