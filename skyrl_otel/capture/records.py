@@ -60,6 +60,7 @@ class Records:
         self._busy = False
         self._inside: deque[bytes] = deque()
         self._not_before = 0.0
+        self._no_place = ""  # why there is none
         self._delivered = Position(0, 0)
 
     def use(self, folder: WriterFolder | None) -> None:
@@ -137,7 +138,7 @@ class Records:
         self._lock = threading.RLock()
         self._busy, self._inside = False, deque()
         descriptor, self.fd, self._number = self._number, -1, -1
-        self.folder, self.failing, self._not_before = None, False, 0.0
+        self.folder, self.failing, self._not_before, self._no_place = None, False, 0.0, ""
         self.lost, self.lost_bytes = Counter(), 0
         if descriptor >= 0:
             os.close(descriptor)
@@ -170,8 +171,10 @@ class Records:
             except Exception as failure:
                 guard.counts[f"records.{type(failure).__name__}"] += 1
             if reason:
-                self._not_before = time.monotonic() + _RETRY_S
+                self._not_before, self._no_place = time.monotonic() + _RETRY_S, reason
         if reason:
+            if self.folder is None:
+                reason = self._no_place or reason
             # From here on each record comes to `rescue`, and the first one that is taken ends that.
             self.fd = -1
             self._lose(frame, reason)
