@@ -5,8 +5,8 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 PYTEST_ARGS ?=
-# What needs more than this machine's own kernel, Python and Ray: see the markers in pyproject.toml.
-STACK := netns or collector or loki or vllm
+# What needs more than this machine's own kernel, Python and Ray, or minutes: see the markers in pyproject.toml.
+STACK := long or netns or collector or loki or vllm
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

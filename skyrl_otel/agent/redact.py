@@ -204,7 +204,7 @@ class Redactor:
         return masked, carry
 
     def record(self, record: bytes) -> bytes:
-        """A LogRecord with the secrets in its body, severity text and attribute values masked."""
+        """A LogRecord with the secrets in its body, severity text and attributes, keys and values, masked."""
         if not self.awake(record):
             return record
         changed = bytearray(record)
@@ -251,7 +251,7 @@ class Redactor:
         return bytes(changed)
 
     def resource(self, encoded: bytes) -> bytes:
-        """A Resource, as the field of ResourceLogs, with the secrets in its attribute values masked."""
+        """A Resource, as the field of ResourceLogs, with the secrets in its attributes masked."""
         if not self.awake(encoded):
             return encoded
         changed = bytearray(encoded)
@@ -303,7 +303,9 @@ class Redactor:
 
     def _key_value(self, record: bytes, start: int, end: int, changed: bytearray) -> None:
         for tag, at, stop in otlp.fields(record, start, end):
-            if tag == 0x12:
+            if tag == 0x0A:
+                changed[at:stop] = self.text(record[at:stop])
+            elif tag == 0x12:
                 self._any_value(record, at, stop, changed)
 
     def _any_value(self, record: bytes, start: int, end: int, changed: bytearray) -> None:

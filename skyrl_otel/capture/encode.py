@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 _fixed64 = struct.Struct("<Q").pack
@@ -20,9 +21,11 @@ MESSAGE_BYTES = 16 << 20
 """A longer message is cut, and says so: a frame holds 64 MB, and no receiver takes a record of that size."""
 
 _TEXT_BYTES = 1 << 20
+_NAME_BYTES = 4096  # keys, loggers, levels
+_EXTRAS_BYTES = 16 << 20  # what is nested, odd or long in a record's extras, all together
+_ITEM_BYTES = 128  # what one counts besides its text: less in bytes, but it takes time too, about a microsecond
 _DEPTH = 8
 _ITEMS = 1000
-_BUDGET = 20_000
 
 
 def varint(value: int) -> bytes:
@@ -70,7 +73,7 @@ def body(text: str) -> bytes:
 
 def scope(name: str) -> bytes:
     """ScopeLogs.scope."""
-    return field(b"\x0a", field(b"\x0a", name.encode("utf-8", "replace")))
+    return field(b"\x0a", field(b"\x0a", _name(name)))
 
 
 def severity(level: int, name: str) -> bytes:
@@ -84,7 +87,7 @@ def severity(level: int, name: str) -> bytes:
         number = min(21 + level - 50, 24)
     else:
         number = 5 + (level // 10 - 1) * 4 + min(level % 10, 3)
-    text = field(b"\x1a", name.encode("utf-8", "replace")) if name else b""
+    text = field(b"\x1a", _name(name)) if name else b""
     return (b"\x10" + varint(number) if number else b"") + text
 
 
@@ -103,7 +106,7 @@ def attributes(values: Iterable[tuple[Any, Any]]) -> bytes:
     """All of them; a key that is no string becomes one."""
     encoder = None
     parts = []
-    for key, value in values:
+    for key, value in islice(values, _ITEMS):
         encoded_key = _keys.get(key) if type(key) is str else None
         if encoded_key is None:
             encoded_key = _new_key(key)
@@ -120,15 +123,18 @@ def attributes(values: Iterable[tuple[Any, Any]]) -> bytes:
             pair = encoded_key + field(b"\x12", encoder.encode(value, 0))
         size = len(pair)
         parts.append(b"\x32" + (_LENGTHS[size] if size < 1024 else varint(size)) + pair)
+    if len(parts) >= _ITEMS:
+        parts.append(attribute("…", "what more there is was left out"))
     return b"".join(parts)
 
 
 def _new_key(key: Any) -> bytes:
     name = key if type(key) is str else shown(key)
-    encoded = field(b"\x0a", name.encode("utf-8", "replace"))
+    encoded = field(b"\x0a", _name(name))
     if len(_keys) > _MOST_KEYS:
         _keys.clear()
-    _keys[name] = encoded
+    if len(name) < 256:  # a key that is longer is data, and there is no end of those
+        _keys[name] = encoded
     return encoded
 
 
@@ -201,40 +207,45 @@ def shown(value: Any, how: Callable[[Any], str] = repr) -> str:
 
 
 class _Values:
-    """AnyValue of anything. One for each record: it bounds what all its attributes take together."""
+    """AnyValue of anything. One for each record: it bounds what all its attributes take together.
+
+    The bound is on bytes, of which each item takes some: neither many values nor long ones make a frame that is refused.
+    """
 
     __slots__ = ("_left", "_open")
 
     def __init__(self) -> None:
-        self._left = _BUDGET
+        self._left = _EXTRAS_BYTES
         self._open: set[int] = set()
 
     def encode(self, value: Any, depth: int) -> bytes:
+        self._left -= _ITEM_BYTES
         kind = type(value)
         if kind is str:
-            return _text(value)
+            return self._text(value)
         if kind is bool:
             return b"\x10\x01" if value else b"\x10\x00"
         if kind is int:
-            return b"\x18" + varint(value) if -(1 << 63) <= value < 1 << 63 else _text(_big(value))
+            return b"\x18" + varint(value) if -(1 << 63) <= value < 1 << 63 else self._text(_big(value))
         if kind is float:
             return b"\x21" + _double(value)
         if value is None:
             return b""
-        self._left -= 1
         if depth >= _DEPTH or self._left <= 0 or id(value) in self._open:
-            return _text(f"<{kind.__name__}>")
+            return self._text(f"<{kind.__name__}>")
         self._open.add(id(value))
         try:
             return self._other(value, depth)
         except Exception as error:
-            return _text(f"<{kind.__name__}: {type(error).__name__} when read>")
+            return self._text(f"<{kind.__name__}: {type(error).__name__} when read>")
         finally:
             self._open.discard(id(value))
 
     def _other(self, value: Any, depth: int) -> bytes:
         if isinstance(value, bytes | bytearray | memoryview):
-            return field(b"\x3a", bytes(value)[:_TEXT_BYTES])
+            data = bytes(memoryview(value).cast("B")[: self._allowed()])
+            self._left -= len(data)
+            return field(b"\x3a", data)
         if isinstance(value, Mapping):
             return field(b"\x32", self._pairs(value, depth))
         if isinstance(value, list | tuple | set | frozenset):
@@ -242,27 +253,66 @@ class _Values:
         # A subclass of a plain type (an enum, a numpy float) counts as what it is; tensors and the rest as they show themselves.
         if isinstance(value, int | float | str):
             return self.encode(_plain(value), depth + 1)
-        return _text(shown(value))
+        return self._text(shown(value))
 
     def _items(self, values: Iterable[Any], depth: int) -> bytes:
         parts = []
-        for number, item in enumerate(list(values)):
-            if number >= _ITEMS:
-                parts.append(field(b"\x0a", _text("…")))
+        # Copied in one step, which no other thread sees in the middle.
+        for number, item in enumerate(list(islice(values, _ITEMS + 1))):
+            if number >= _ITEMS or self._left <= 0:
+                parts.append(field(b"\x0a", _ETC))
                 break
             parts.append(field(b"\x0a", self.encode(item, depth + 1)))
         return b"".join(parts)
 
     def _pairs(self, values: Mapping[Any, Any], depth: int) -> bytes:
         parts = []
-        for number, (key, item) in enumerate(list(values.items())):
-            name = key if type(key) is str else shown(key, str)
-            if number >= _ITEMS:
-                parts.append(field(b"\x0a", field(b"\x0a", "…".encode())))
+        for number, (key, item) in enumerate(list(islice(values.items(), _ITEMS + 1))):
+            if number >= _ITEMS or self._left <= 0:
+                parts.append(field(b"\x0a", _ETC))
                 break
-            pair = field(b"\x0a", name.encode("utf-8", "replace")) + field(b"\x12", self.encode(item, depth + 1))
+            name = _name(key if type(key) is str else shown(key, str))
+            self._left -= len(name)
+            pair = field(b"\x0a", name) + field(b"\x12", self.encode(item, depth + 1))
             parts.append(field(b"\x0a", pair))
         return b"".join(parts)
+
+    def _text(self, value: str) -> bytes:
+        data = _utf8(value, self._allowed())
+        self._left -= len(data)
+        return field(b"\x0a", data)
+
+    def _allowed(self) -> int:
+        return max(min(_TEXT_BYTES, self._left), 0)
+
+
+def _name(value: Any) -> bytes:
+    """A key, or the name of a logger or level, as UTF-8."""
+    return _utf8(value if isinstance(value, str) else shown(value, str), _NAME_BYTES)
+
+
+def _utf8(text: str, most: int) -> bytes:
+    """At most `most` bytes of it; then how many it had. It is not all encoded for that."""
+    if len(text) <= most:
+        data = text.encode("utf-8", "replace")
+        if len(data) <= most:
+            return data
+        size = len(data)
+    else:
+        size = len(text) if text.isascii() else sum(map(_encoded_size, _chunks(text)))
+        data = text[:most].encode("utf-8", "replace")
+    return data[:most].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % size
+
+
+def _chunks(text: str) -> Iterator[str]:
+    return (text[start : start + _TEXT_BYTES] for start in range(0, len(text), _TEXT_BYTES))
+
+
+def _encoded_size(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
+
+
+_ETC = b"\x0a" + bytes((len("…".encode()),)) + "…".encode()  # the text of an item, or the key of a pair
 
 
 def _plain(value: str | int | float) -> str | int | float:
@@ -277,10 +327,3 @@ def _big(value: int) -> str:
         return str(value)
     except ValueError:  # sys.set_int_max_str_digits
         return hex(value)
-
-
-def _text(value: str) -> bytes:
-    data = value.encode("utf-8", "replace")
-    if len(data) > _TEXT_BYTES:
-        data = data[:_TEXT_BYTES].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % len(data)
-    return field(b"\x0a", data)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ from skyrl_otel.capture.levels import Levels
 from skyrl_otel.capture.records import Place, Records
 from skyrl_otel.capture.taker import Take, make_take
 
+_TELL_S = 1.0
 # Places at which our errors are told of in the identity, for `skyrl-otel doctor`.
 _OURS = ("console.", "handler.", "loguru.", "records.", "takeover.")
 
@@ -27,6 +30,8 @@ class Recording:
         self.take: Take = make_take(self.records, levels, takeover.is_loguru_s)
         self._levels = levels
         self._told: dict[str, Any] = {}
+        self._told_at = 0.0
+        self._telling = threading.Lock()  # only ever tried: a signal handler may log, and lose it, within a telling
 
     def start(self) -> None:
         """Take every record from now on."""
@@ -52,31 +57,60 @@ class Recording:
         with guard.guarded("recording.stop"):
             self.records.use(None)
 
+    def close(self) -> None:
+        """Let the folder go that records were given when their first one was gone. After `stop`."""
+        if self.records.folder is not None:
+            self.records.folder.close()
+
     def echo(self, modes: dict[int, Mode], nonce: bytes = b"") -> None:
         """What becomes of the console's echo on descriptors 1 and 2 from now on."""
         self.console.nonce = nonce
         self.console.modes = dict(modes)
 
     def look_after(self) -> None:
-        """For the watch thread: find out what write(2) does not tell, and say what was lost. Raises OSError."""
-        if self.records.is_removed():
-            self.records.start_anew()
-        self.tell_losses()
+        """For the watch thread and the exit: find out what was lost, and say so. Raises OSError."""
+        try:
+            self.records.look_after()
+        finally:
+            self.tell_losses()
+
+    def after_fork(self) -> None:
+        """In a child: it has a place of its own, and no watch thread that would tell what it loses."""
+        self.records.after_fork()
+        self.records.on_loss = self._tell_soon
+        self._told, self._told_at, self._telling = {}, 0.0, threading.Lock()
+
+    def _tell_soon(self) -> None:
+        """Once a second while records are lost, and when that has ended."""
+        if self.records.failing and time.monotonic() - self._told_at < _TELL_S:
+            return
+        with guard.guarded("records.tell"):
+            self.tell_losses()
 
     def tell_losses(self) -> None:
         """Say in an identity line what could not be recorded, where that is news; the agent counts it, `doctor` shows it.
 
         Raises OSError; then it is said next time.
         """
+        if not self._telling.acquire(blocking=False):
+            return
+        try:
+            self._tell()
+        finally:
+            self._telling.release()
+
+    def _tell(self) -> None:
         records = self.records
         news: dict[str, Any] = {}
         if records.lost:
             why = records.lost.most_common(1)[0][0]
             news["lost"] = {"records": sum(records.lost.values()), "bytes": records.lost_bytes, "why": why}
+        # Keys with a colon repeat others with the text of an exception, which may say anything.
         errors = {key: count for key, count in guard.counts.items() if key.startswith(_OURS) and ":" not in key}
         if errors:
             news["errors"] = errors
         if news != self._told and records.folder is not None:
+            self._told_at = time.monotonic()
             records.folder.publish(news)
             self._told = news
 

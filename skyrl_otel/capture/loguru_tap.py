@@ -51,7 +51,7 @@ class Tap:
     def __init__(self, records: Records, levels: Levels) -> None:
         self._records = records
         self._levels = levels
-        self._places: dict[tuple[str, str, int, int], tuple[bytes, bytes] | None] = {}
+        self._places: dict[tuple[Any, ...], tuple[bytes, bytes] | None] = {}
 
     def emit(self, record: Any, level_id: Any, from_decorator: Any, is_raw: Any, colored_message: Any) -> None:
         if not _installed:
@@ -62,7 +62,8 @@ class Tap:
             name = (extra.get(_ORIGIN) if extra else None) or record["name"] or ""
             if _is_forwarded(record, level.no, sys._getframe(3)):
                 return
-            key = (name, record["file"].path, record["line"], level.no)
+            # A patched record may claim any of these, and a number may have a name or none.
+            key = (name, record["file"].path, record["line"], record["function"], level.no, level.name)
             place = self._places.get(key)
             if place is None:
                 if key in self._places:

@@ -211,7 +211,7 @@ class Runtime:
         with self._lock:
             self.watch.stop()
             with guard.guarded("runtime.records"):
-                self.recording.tell_losses()
+                self.recording.look_after()
                 self.recording.stop()
             with guard.guarded("runtime.streams"):
                 self._restore_streams()
@@ -223,6 +223,7 @@ class Runtime:
                     if goodbye:
                         folder.publish({"goodbye": {"code": None}})
                     folder.close()
+            self.recording.close()
             self._folders, self.folder = [], None
 
     def at_exit(self) -> None:
@@ -230,12 +231,12 @@ class Runtime:
         for stream in self.streams():
             with guard.guarded("runtime.drain"):
                 stream.drain()
+        with guard.guarded("runtime.losses"):
+            self.recording.look_after()
         if self.pid != os.getpid():
             return
         self.watch.stop()
         fds.flush_buffers()
-        with guard.guarded("runtime.losses"):
-            self.recording.tell_losses()
         # An uncaught exception leaves its type behind; sys.exit(3) leaves nothing that could be read here.
         code = 1 if getattr(sys, "last_type", None) is not None else None
         for folder in self._folders:
@@ -474,10 +475,11 @@ def _in_child() -> None:
     # The lock may be held by a thread that does not exist here. What is captured stays the parent's: its fds are ours too.
     global _lock
     _lock = threading.RLock()
+    guard.counts.clear()
     if _runtime is not None:
         _runtime._lock = threading.RLock()
         with guard.guarded("runtime.records_of_child"):
-            _runtime.recording.records.after_fork()
+            _runtime.recording.after_fork()
 
 
 os.register_at_fork(after_in_child=_in_child)

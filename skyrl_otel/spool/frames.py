@@ -9,6 +9,7 @@ holds, and says how many bytes it passed over.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -59,6 +60,19 @@ def scan(data: bytes, base: int = 0) -> Iterator[Frame | Gap]:
             yield Gap(base + gap, base + found)
         yield Frame(base + found, base + frame_end, data[found + HEADER.size : frame_end])
         position = gap = frame_end
+
+
+def sizes(descriptor: int, start: int) -> Iterator[int]:
+    """The size of each record's frame from offset `start` on, by its header alone: a note of an echo is no record."""
+    while len(head := os.pread(descriptor, HEADER.size + 1, start)) > HEADER.size:
+        magic, length, _ = HEADER.unpack_from(head)
+        if magic != MAGIC:
+            found = os.pread(descriptor, 1 << 20, start).find(MAGIC, 1)
+            start += found if found > 0 else (1 << 20) - len(MAGIC)
+            continue
+        if head[-1:] != b"{":
+            yield HEADER.size + length
+        start += HEADER.size + length
 
 
 def _whole(data: bytes, start: int) -> int | None:

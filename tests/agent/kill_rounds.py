@@ -1,12 +1,11 @@
 """Threads that log, forks between them, SIGKILL at a random moment: what is delivered, next to what had returned.
 
-`python -m tests.agent.kill_rounds 50` runs as many rounds and prints one line for each.
+The tests are in `test_kill_rounds.py`; `python -m tests.agent.kill_rounds 50` runs as many rounds and prints one line each.
 """
 
 from __future__ import annotations
 
 import http.server
-import mmap
 import os
 import random
 import re
@@ -24,8 +23,10 @@ from skyrl_otel.spool import layout, token
 from skyrl_otel.spool.token import Shipping
 
 ROOT = Path(__file__).resolve().parents[2]
-THREADS, FORKS = 8, 48
-SLOTS = THREADS + FORKS
+THREADS, FORKS, THREADS_OF_CHILD = 8, 20, 4
+SLOTS = THREADS + FORKS * THREADS_OF_CHILD
+OF_CHILD = 200  # records of each of its threads
+OF_CHILDREN = FORKS * THREADS_OF_CHILD * OF_CHILD
 
 # Slot n of the shared map counts the calls of writer n that have returned.
 LOGGER = """
@@ -42,21 +43,35 @@ def work(slot, count):
         put("<Q", shared, slot * 8, number + 1)
 threads = [threading.Thread(target=work, args=(slot, records)) for slot in range(THREADS)]
 for thread in threads: thread.start()
+def child(first):
+    together = threading.Barrier(THREADS_OF_CHILD)
+    def begin(slot):
+        together.wait()  # all of them find that the child has no place yet
+        work(slot, OF_CHILD)
+    threads = [threading.Thread(target=begin, args=(first + number,)) for number in range(THREADS_OF_CHILD)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
 slot = THREADS
-while any(thread.is_alive() for thread in threads):
+while slot < SLOTS or any(thread.is_alive() for thread in threads):
     if slot < SLOTS:
         pid = os.fork()
         if pid == 0:
-            work(slot, 500)
+            child(slot)
             os._exit(0)
-        slot += 1
+        slot += THREADS_OF_CHILD
     time.sleep(0.02)
     try:
         os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
         pass
 for thread in threads: thread.join()
-""".replace("THREADS", str(THREADS)).replace("SLOTS", str(SLOTS))
+try:
+    while True: os.wait()
+except ChildProcessError:
+    pass
+"""
+for _name in ("THREADS_OF_CHILD", "OF_CHILD", "THREADS", "SLOTS"):
+    LOGGER = re.sub(rf"\b{_name}\b", str(globals()[_name]), LOGGER)
 
 # As a record's body: the end event has the last line too, as an attribute.
 _RECORD = re.compile(rb"\x2a\x18\x0a\x16slot (\d\d) number (\d{6});")
@@ -93,8 +108,13 @@ class Bodies:
         self._server.server_close()
 
 
-def one_round(records: int, kill_after_s: float) -> dict[str, int]:
-    """One program's life. Raises AssertionError where a record that had returned is missing, repeated or out of order."""
+def one_round(records: int, killed_at: float) -> dict[str, int]:
+    """One program's life. Raises AssertionError where a record that had returned is missing, repeated or out of order.
+
+    Args:
+        records: what each of its own threads says.
+        killed_at: the part of all records at which it is killed; from 1.0 on it comes to its end.
+    """
     with tempfile.TemporaryDirectory(prefix="sk-kill-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         (root / "shared").write_bytes(bytes(SLOTS * 8))
@@ -111,17 +131,13 @@ def one_round(records: int, kill_after_s: float) -> dict[str, int]:
         }
         command = [sys.executable, "-c", LOGGER, str(records), str(root / "shared")]
         program = subprocess.Popen(command, env=env, start_new_session=True)
-        try:
-            program.wait(kill_after_s)
-        except subprocess.TimeoutExpired:
-            pass
+        _await(program, root / "shared", killed_at * (THREADS * records + OF_CHILDREN))
         try:
             os.killpg(program.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         program.wait()
-        with open(root / "shared", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shared:
-            returned = struct.unpack(f"<{SLOTS}Q", shared)
+        returned = _returned(root / "shared")
         wanted = sum(returned)
         deadline = time.monotonic() + 120
         launch.ensure_agent(run)  # where the program died before its watch thread did
@@ -136,6 +152,16 @@ def one_round(records: int, kill_after_s: float) -> dict[str, int]:
             "writers": sum(map(bool, returned)),
             "torn": bodies.losses,
         }
+
+
+def _returned(path: Path) -> tuple[int, ...]:
+    return struct.unpack(f"<{SLOTS}Q", path.read_bytes())
+
+
+def _await(program: subprocess.Popen[bytes], path: Path, count: float) -> None:
+    """Until so many calls have returned, or the program has ended."""
+    while program.poll() is None and sum(_returned(path)) < count:
+        time.sleep(random.uniform(0.001, 0.02))
 
 
 def _check(found: list[tuple[int, int]], returned: tuple[int, ...]) -> None:
@@ -161,7 +187,7 @@ def main() -> None:
     began = time.monotonic()
     total = 0
     for number in range(rounds):
-        result = one_round(100_000, random.uniform(0.5, 14.0))
+        result = one_round(100_000, random.uniform(0.0, 1.5))
         total += result["returned"]
         print(number, result, flush=True)
     print(

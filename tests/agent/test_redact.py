@@ -140,6 +140,30 @@ def test_invariant_7_planted_secrets_do_not_leave(spool_root: Path) -> None:
     assert all(sent.redactor.hits[rule.name] >= 20 * 5 for rule in RULES), sent.redactor.hits
 
 
+def test_secrets_that_are_keys_do_not_leave(spool_root: Path) -> None:
+    in_resource = secrets_of("huggingface")[1]
+    sent = Sent(spool_root, role="r", user_attributes={in_resource: "note"})
+    records = Records(lambda: None)
+    records.use(sent.folder)
+    take = make_take(records, Levels({}))
+    planted = [in_resource]
+    for rule in RULES:
+        for number in range(20):
+            text, secret = secrets_of(rule.name)
+            planted.append(secret)
+            record = logging.LogRecord("a", 20, "p", number, "m", (), None, "f")
+            record.__dict__.update({text: "own", "by_token": {text: "user", "deeper": [{text: {text: 1}}]}})
+            assert take(record)
+    secret = "hf_" + chars(34)
+    planted.append(secret)
+    escaped = f'{{"level": "info", "msg": "m", "\\u0068{secret[1:]}": "v", "in": {{"\\u0068{secret[1:]}": 1}}}}\n'
+    os.write(sent.folder.fds["out"], escaped.encode())
+    sent.look(30)
+    assert len(sent.texts) == len(planted) - 1
+    assert [secret for secret in planted if secret.encode() in sent.bodies] == []
+    assert b"by_token" in sent.bodies and b"user" in sent.bodies
+
+
 @pytest.mark.parametrize("rule", [rule.name for rule in RULES])
 def test_a_secret_cut_by_parts_or_partial_lines_does_not_leave(spool_root: Path, rule: str) -> None:
     sent = Sent(spool_root, role="r")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +128,53 @@ def test_what_is_huge_is_bounded() -> None:
     assert len(got.attributes["text"]) < 2 << 20 and "<list>" in str(got.attributes["deep"])
     ten = "z" * (10 << 20)
     assert through(logging.LogRecord("n", 20, "p", 1, ten, (), None, "f")).body == ten
+
+
+Shape = Callable[[], dict[str, Any]]
+HUGE: dict[str, Shape] = {
+    "long strings": lambda: {"list": ["x" * 700_000] * 100},
+    "long strings of three bytes": lambda: {f"k{n}": "€" * 700_000 for n in range(100)},
+    "long bytes": lambda: {f"k{n}": bytes(3 << 20) for n in range(100)},
+    "many numbers": lambda: {"wide": [[[1.5] * 1000] * 1000] * 1000},
+    "many keys": lambda: {f"key {n}": n for n in range(200_000)},
+    "long keys": lambda: {"k" * (5 << 20) + str(n): 1 for n in range(20)},
+    "long keys within": lambda: {"map": {"k" * (5 << 20) + str(n): 1 for n in range(20)}},
+    "a long list": lambda: {"list": [None] * 20_000_000},
+    "big integers": lambda: {"list": [1 << (1 << 23)] * 100},
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_no_record_is_more_than_a_reader_takes(kind: str) -> None:
+    extra = HUGE[kind]()
+    tracemalloc.start()
+    got = everything_long(extra)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 << 20, "it is not all encoded to be cut"
+    assert len(got.attributes) > 5 and got.scope.startswith("n" * 4096)
+
+
+def everything_long(extra: dict[str, Any]) -> Taken:
+    """A record in which all else is too long as well."""
+    long = "z" * (2 << 20)
+    error = ValueError(long)
+    message = "m" * (20 << 20)
+    record = logging.LogRecord("n" * 10_000, 20, long, 1, message, (), (ValueError, error, None), long, long)
+    record.levelname = record.threadName = long
+    record.__dict__.update(extra)
+    return through(record)
+
+
+def test_what_is_cut_says_so_and_the_rest_is_whole() -> None:
+    record = logging.LogRecord("n", 20, "p", 1, "m", (), None, "f")
+    record.__dict__.update(many=["x" * 700_000] * 100, last="here")
+    got = through(record).attributes
+    whole = [text for text in got["many"] if text == "x" * 700_000]
+    assert len(whole) == 23 and got["many"][-1] == "…" and got["many"][-2].endswith(" [cut: 700000 bytes]")
+    assert got["last"] == "here"
+    record.__dict__.update({f"extra {number}": number for number in range(5000)})
+    assert "left out" in through(record).attributes["…"]
 
 
 def test_subclasses_count_as_what_they_are_and_mappings_need_no_dict() -> None:

@@ -269,6 +269,112 @@ logging.info("parent again")
     assert child.facts["role"] == "policy" and child.facts["pid"] != parent.facts["pid"]
 
 
+def test_all_threads_of_a_forked_child_are_heard_from_their_first_record_on(host: Host, spool: Path) -> None:
+    host(
+        INFRA
+        + """
+import logging, os, threading
+logging.basicConfig(level=0)
+for child in range(20):
+    pid = os.fork()
+    if pid == 0:
+        together = threading.Barrier(8)
+        def work(number):
+            together.wait()
+            for count in range(20):
+                logging.info("%d %d %d", child, number, count)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        [thread.start() for thread in threads]; [thread.join() for thread in threads]
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+    )
+    children = [folder for folder in written(spool) if "parent" in folder.facts]
+    assert len(children) == 20 and not any("lost" in folder.facts for folder in children)
+    for folder in children:
+        bodies = [tuple(map(int, record.body.split())) for record in taken(folder.path)]
+        assert len({child for child, _, _ in bodies}) == 1 and len(bodies) == 160
+        for number in range(8):
+            assert [count for _, thread, count in bodies if thread == number] == list(range(20))
+        assert not (folder.path / "records.1").exists(), "one place is made, not one for each thread"
+
+
+def test_a_record_within_the_making_of_a_childs_place_is_not_lost(host: Host, spool: Path) -> None:
+    host(
+        INFRA
+        + """
+import logging, os, signal
+logging.basicConfig(level=0)
+hits = 0
+def on_alarm(*_):
+    global hits
+    hits += 1
+    logging.info("alarm %d", hits)
+signal.signal(signal.SIGALRM, on_alarm)
+for child in range(40):
+    pid = os.fork()
+    if pid == 0:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0002)
+        logging.info("first")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        logging.info("hits %d", hits)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+    )
+    total = 0
+    for folder in written(spool):
+        bodies = [record.body for record in taken(folder.path)]
+        if bodies:
+            hits = int(bodies[-1].removeprefix("hits "))
+            assert sorted(bodies) == sorted(["first", f"hits {hits}", *(f"alarm {n + 1}" for n in range(hits))])
+            total += hits
+    assert total > 10, "some came while the place was made"
+
+
+def test_a_forked_child_tells_its_own_losses(host: Host, spool: Path) -> None:
+    host(
+        """
+import resource, signal
+import skyrl_otel; skyrl_otel.attach(role='policy', channel='infra')
+import logging, os, shutil, sys
+from skyrl_otel.capture import runtime
+log = logging.getLogger("x"); log.setLevel(20)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        work()
+    assert os.waitpid(pid, 0)[1] == 0
+def recovers():
+    log.info("recovers")
+    limit(0)
+    for number in range(30): log.info("lost")
+    limit(resource.RLIM_INFINITY)
+    log.info("taken again")
+    os._exit(0)
+def finds_its_folder_gone():
+    log.info("lost with its folder")
+    shutil.rmtree(runtime._runtime.recording.records.folder.path)
+    for number in range(5): log.info("lost with its folder")
+    sys.exit()
+child(recovers); child(finds_its_folder_gone)
+assert not runtime.current().recording.records.lost
+""",
+        env={"SKYRL_OTEL_RAISE": ""},
+    )
+    told = [
+        (folder.facts["lost"]["records"], folder.facts["lost"]["why"])
+        for folder in written(spool)
+        if "lost" in folder.facts
+    ]
+    assert sorted(told) == [(6, "the spool was removed"), (30, "File too large")]
+    bodies = sorted(record.body for record in records(spool))
+    assert bodies == ["recovers", "taken again"]
+
+
 def test_strange_values_threads_and_signals_never_raise(host: Host, spool: Path) -> None:
     done = host(
         INFRA
