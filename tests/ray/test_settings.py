@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capture.frames import taken
 from tests.ray.conftest import Driver, Ran
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
@@ -62,6 +63,26 @@ print(json.dumps(ray.get(actor.env.remote())))"""
     assert recorded(ran)
     facts = ran.actor("Actor").facts
     assert (facts["rank"], facts["world_size"]) == (3, 4)
+
+
+def test_the_levels_of_the_job_hold_in_workers_of_a_cluster_that_was_there(driver: Driver) -> None:
+    ran = driver(
+        """
+import logging, ray
+ray.init()
+@ray.remote(num_cpus=0.1)
+class Actor:
+    def work(self):
+        for name in ("vllm.engine", "mine"):
+            for level in (logging.INFO, logging.ERROR):
+                logging.getLogger(name).setLevel(logging.DEBUG)
+                logging.getLogger(name).log(level, "%s %s", name, level)
+ray.get(Actor.remote().work.remote())
+""",
+        env={"SKYRL_OTEL_LEVELS": "vllm=ERROR"},
+    )
+    found = [(record.scope, record.severity) for writer in ran.writers for record in taken(writer.path)]
+    assert found == [("vllm.engine", 17), ("mine", 9), ("mine", 17)]
 
 
 def test_a_setup_hook_that_raises_ends_the_actor_as_without_us(driver: Driver, hooks: Path) -> None:

@@ -29,6 +29,7 @@ _PASSED_ON = frozenset(
         "allow_tmpfs",
         "capture",
         "dump_infra",
+        "levels",
         "log_level",
         "project",
         "raise_errors",
