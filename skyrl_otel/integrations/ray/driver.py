@@ -246,7 +246,9 @@ def _after_init(run: RunDir) -> None:
     overrides.may_ask()
     printing.install(running, _progress_globs(config))
     session = ray_worker._global_node.get_session_dir_path()
-    node.SessionFiles(running.run, session, from_start=own_session, facts=node.facts(worker)).start(running.watch)
+    job_id = worker.current_job_id.hex()
+    files = node.SessionFiles(running.run, session, job_id, from_start=own_session, facts=node.facts(worker))
+    files.start(running.watch)
     running.watch.add("agent", running.ensure_agent)
     running.watch.add("nodes", lambda: _note_nodes(running, _LOOK_S), _LOOK_S)
 

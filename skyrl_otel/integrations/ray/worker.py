@@ -146,7 +146,9 @@ class Rest:
         running.look_after()
         running.watch.add("shipping", Shipping(running))
         session = worker.node.get_session_dir_path()
-        node.SessionFiles(running.run, session, from_start=False, facts=node.facts(worker)).start(running.watch)
+        job_id = worker.current_job_id.hex()
+        files = node.SessionFiles(running.run, session, job_id, from_start=False, facts=node.facts(worker))
+        files.start(running.watch)
 
 
 class Shipping:
