@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import OrderedDict
 
@@ -29,7 +30,7 @@ from skyrl_otel.agent.status import Reporter, Status
 from skyrl_otel.agent.watch import Watcher
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.config import Config
-from skyrl_otel.spool import locks, token
+from skyrl_otel.spool import leftovers, locks, token
 from skyrl_otel.spool.layout import RunDir
 from skyrl_otel.spool.token import Shipping
 
@@ -55,6 +56,8 @@ def main(run: RunDir, lock: int, link: socket.socket, restarts: int) -> None:
     """Work until all is delivered and all writers are gone; then tell the parent that this was no crash."""
     agent = Agent(run, lock, link, restarts)
     signal.signal(signal.SIGTERM, agent.terminate)
+    if not restarts:  # beside the work: after a year of runs there may be much to look at
+        threading.Thread(target=leftovers.tidy, args=(run.path.parent, run.run_id), name="tidy", daemon=True).start()
     agent.work()
 
 
@@ -542,6 +545,8 @@ class Agent:
         for writer in list(self._writers.values()):
             if drained and writer.facts.get("until_agent") and writer.is_delivered:
                 self._remove(writer)
+        with contextlib.suppress(OSError):
+            leftovers.settle(self._run)
         self._link.send(supervise.DONE)
 
 

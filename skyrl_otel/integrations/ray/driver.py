@@ -193,7 +193,7 @@ def _addition(config: Config) -> merge.Addition | None:
     globs = _progress_globs(config)
     if globs:
         passed["SKYRL_OTEL_PROGRESS"] = ",".join(globs)
-    return merge.Addition(str(library.ensure(running.run) / "skyrl_otel"), passed)
+    return merge.Addition(str(library.keep(running.run) / "skyrl_otel"), passed)
 
 
 def _progress_globs(config: Config) -> tuple[str, ...]:

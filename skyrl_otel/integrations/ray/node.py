@@ -21,7 +21,7 @@ from skyrl_otel.capture import guard
 from skyrl_otel.capture.fds import Place, place_of
 from skyrl_otel.capture.folders import FollowedFolder
 from skyrl_otel.capture.watch import Watch
-from skyrl_otel.spool.layout import RunDir, open_file
+from skyrl_otel.spool.layout import JOB_FILE, RunDir, open_file
 from skyrl_otel.spool.writer import FIRST_SEGMENT
 
 # session_dir/logs: ray/_private/node.py and services.py. python-core-* and worker-* are not here: the former are Ray's
@@ -30,8 +30,6 @@ _FILES = (
     r"(raylet|gcs_server|monitor|dashboard|dashboard_agent|log_monitor|runtime_env_agent|runtime_env_setup-(\w+))"
     r"(?:\.\d+)?\.(out|err|log)"
 )
-JOB = "job-"
-"""In the run's folder: begins the name of the empty file of each Ray job of the run that has had a worker on this node."""
 _LOOK_AGAIN_S = 2.0
 _STALE_S = 10.0
 
@@ -94,7 +92,8 @@ class SessionFiles:
         components: dict[str, dict[str, tuple[Place, int]]] = {}
         # The first look comes late for files of another's session; those that appear afterwards are read from the start.
         from_start = self._from_start or bool(self._held)
-        jobs = {self._job_id, *(name.removeprefix(JOB) for name in os.listdir(self._run.path) if name.startswith(JOB))}
+        others = (name for name in os.listdir(self._run.path) if name.startswith(JOB_FILE))
+        jobs = {self._job_id, *(name.removeprefix(JOB_FILE) for name in others)}
         for name in sorted(os.listdir(self._logs)):
             match = re.fullmatch(_FILES, name)
             if match is None or (match[2] and match[2] not in jobs):
