@@ -219,6 +219,13 @@ class Store:
     def set_text(self, channel: str, path: Path, length: int) -> None:
         self._db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", (channel, str(path), length))
 
+    def followed(self) -> Iterator[tuple[str, str]]:
+        """(writer, rule) as the router decided it."""
+        yield from self._db.execute("SELECT writer, rule FROM followed")
+
+    def set_followed(self, decided: Mapping[str, str]) -> None:
+        self._db.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?)", decided.items())
+
     def agents(self) -> Iterator[tuple[str, int, str]]:
         """(agent, when heard, status JSON) of each agent that earlier lives heard."""
         yield from self._db.execute("SELECT agent, heard_unix_nano, status FROM agents")
