@@ -152,6 +152,43 @@ ray.init(runtime_env=env){END}""",
     assert json.loads((ran.run / "token").read_text())["headers"] == {"authorization": "s3cr3t"}
 
 
+KEYS = """
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
+def keys():
+    client = internal_kv_get_gcs_client()
+    found = client.internal_kv_keys(b"skyrl-otel/", b"skyrl-otel", 10)
+    return {key.decode(): client.internal_kv_get(key, b"skyrl-otel", 10).decode() for key in found}
+"""
+
+
+def test_a_driver_that_ends_takes_its_secret_out_of_the_cluster(driver: Driver) -> None:
+    endpoint = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=s3cr3t",
+    }
+    # Once by ray.shutdown(), once by its end.
+    ended = driver(
+        f"""{ACTOR}{KEYS}
+mine = f"skyrl-otel/{{os.environ['SKYRL_OTEL_RUN_ID']}}/"
+for time in range(2):
+    ray.init()
+    ray.get(Actor.remote().env.remote())
+    found = {{key: value for key, value in keys().items() if key.startswith(mine)}}
+    assert sum("s3cr3t" in value for value in found.values()) == 1 and len(found) == 2, found
+    if not time: ray.shutdown()""",
+        env=endpoint,
+    )
+    assert json.loads((ended.run / "token").read_text())["headers"] == {"authorization": "s3cr3t"}
+    assert json.loads((ended.run / "nodes").read_text())
+    # An actor that lives on may start again where no token is.
+    options = "name='stays', lifetime='detached', namespace='here'"
+    stays = driver(f"{ACTOR}\nray.init()\nray.get(Actor.options({options}).remote().env.remote())", env=endpoint)
+    look = f"import json, ray\nray.init(namespace='here'){KEYS}\nprint(json.dumps(keys()))\nray.kill(ray.get_actor('stays'))"
+    found = driver(look, env={"OTEL_SDK_DISABLED": "true"}).result()
+    assert not [key for key in found if ended.run.name in key]
+    assert [key.split("/")[1] for key, value in found.items() if "s3cr3t" in value] == [stays.run.name]
+
+
 def test_the_client_is_refused_in_one_line(driver: Driver) -> None:
     ran = driver(
         """
