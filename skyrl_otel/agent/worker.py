@@ -71,6 +71,7 @@ class Agent:
         self._restarts = restarts
         self._name = secrets.token_hex(8)
         self._node = os.uname().nodename
+        self._place = _place(lock)
         self._writers: OrderedDict[str, Writer] = OrderedDict()
         self._active: dict[str, float] = {}
         self._broken: dict[str, str] = {}  # folders that cannot be read at all
@@ -501,6 +502,7 @@ class Agent:
         status = Status(
             run=self._run.run_id,
             node=self._node,
+            place=self._place,
             agent=self._name,
             pid=os.getpid(),
             supervisor_pid=os.getppid(),
@@ -548,6 +550,16 @@ class Agent:
         with contextlib.suppress(OSError):
             leftovers.settle(self._run)
         self._link.send(supervise.DONE)
+
+
+def _place(lock: int) -> str:
+    """The random name that the first agent of this run on this node wrote into the lock's file."""
+    try:
+        if not os.fstat(lock).st_size:
+            os.pwrite(lock, secrets.token_hex(8).encode(), 0)
+        return os.pread(lock, 64, 0).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _say(line: str) -> None:

@@ -202,6 +202,8 @@ class Committer:
             job.done.set_exception(BadRequest(f"the collector cannot store this batch: {error!r}"))
 
     def _explain(self, error: Exception) -> str:
+        if isinstance(error, MemoryError):
+            return "memory is short; nothing is lost meanwhile"
         folders = {self._store.path.parent, *(file.path.parent for file in self._texts.values())}
         if isinstance(error, OSError):
             path = next((file.path for file in self._texts.values()), self._store.path)
@@ -214,8 +216,9 @@ class Committer:
 
 
 def _is_storage_trouble(error: Exception) -> bool:
-    """Disk and file trouble passes; what sqlite3 says of the data itself (DataError and the like) does not."""
-    return isinstance(error, OSError | Unavailable | sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+    """Trouble with disks, files and memory passes; what sqlite3 says of the data itself (DataError and the like) does not."""
+    passing = OSError | MemoryError | Unavailable | sqlite3.OperationalError
+    return isinstance(error, passing) or type(error) is sqlite3.DatabaseError
 
 
 class Complaint:

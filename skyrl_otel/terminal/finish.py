@@ -53,6 +53,7 @@ def see_off(
         outcome = drain.drain(
             partial(drain.ask_collector, ready) if ready else partial(drain.ask_here, run_dir),
             here=os.uname().nodename,
+            place=_place(run_dir),
             ended_at=ended_at,
             # Without a collector and an endpoint nothing can be delivered; the spool keeps it.
             timeout_s=config.drain_s if ready or config.endpoint else 0,
@@ -99,6 +100,14 @@ def _nodes_used(run_dir: RunDir) -> tuple[str, ...]:
         return tuple(str(name) for name in json.loads(read_file(run_dir.path / "nodes")))
     except (OSError, ValueError, TypeError):
         return ()
+
+
+def _place(run_dir: RunDir) -> str:
+    """How this node's agent calls this node."""
+    try:
+        return read_file(run_dir.agent_lock).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _last_line(path: Path) -> str:

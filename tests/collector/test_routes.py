@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl_otel.collector.committer import Committer
+from skyrl_otel.collector.committer import Committer, Unavailable
 from skyrl_otel.collector.decode import Batch, Row
 from skyrl_otel.collector.resource import Resource, read_resource
 from skyrl_otel.collector.routes import Router, safe
@@ -188,6 +188,17 @@ def test_the_next_life_knows_whom_a_writers_lines_follow(tmp_path: Path) -> None
         life.end()
     lines = [line.split()[-1] for line in (tmp_path / "logs" / "vllm.log").read_text().splitlines()]
     assert lines == ["scoped", "native", "native"]
+
+
+def test_memory_that_is_short_is_no_fault_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    life, owner = Life(tmp_path, TREE), resource(skyrl__channel="progress")
+    with monkeypatch.context() as patch:
+        patch.setattr(TextFile, "append", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(Unavailable, match="memory"):  # 503: the agent keeps it; a 400 would be given up
+            life.take(uid(0, "one"), owner=owner)
+    life.take(uid(0, "one"), owner=owner)
+    life.end()
+    assert (tmp_path / "logs" / "progress.log").read_text().count("one") == 1
 
 
 @pytest.mark.parametrize(

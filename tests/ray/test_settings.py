@@ -189,6 +189,26 @@ for time in range(2):
     assert [key.split("/")[1] for key, value in found.items() if "s3cr3t" in value] == [stays.run.name]
 
 
+def test_another_rays_internals_cost_the_record_not_the_program(driver: Driver) -> None:
+    ran = driver(
+        f"""{ACTOR}
+from skyrl_otel.capture import guard
+from skyrl_otel.integrations.ray import packaging, printing
+packaging._LOGGERS = (None, 3)
+printing._MOST_NAMES = len(printing.submitted) + 2
+ray.init()
+@ray.remote(num_cpus=0.1)
+def task(): return 7
+for n in range(5): task.options(name=str(n)).remote()
+assert len(printing.submitted) == printing._MOST_NAMES
+printing.submitted = ()
+assert ray.get(task.remote()) == 7
+print(json.dumps(dict(guard.counts)))""",
+        env={"SKYRL_OTEL_RAISE": ""},
+    )
+    assert (ran.result()["ray.upload"], ran.result()["ray.submitted"]) == (1, 1)
+
+
 def test_the_client_is_refused_in_one_line(driver: Driver) -> None:
     ran = driver(
         """

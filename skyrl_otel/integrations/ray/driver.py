@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from skyrl_otel.capture import guard, identity, runtime
@@ -83,7 +83,8 @@ def wrap_init() -> None:
         prepared = _prepare(ray, args, kwargs)
         if prepared is None:
             return original(*args, **kwargs)
-        with _environment(prepared), packaging.uploaded_whole(str(prepared.run.lib / "skyrl_otel")):
+        whole = packaging.uploaded_whole(str(prepared.run.lib / "skyrl_otel"))
+        with _shielded("ray.environment", _environment(prepared)), _shielded("ray.upload", whole):
             context = original(*args, **prepared.kwargs)
         with guard.guarded("ray.after_init"):
             _after_init(prepared.run)
@@ -240,6 +241,21 @@ def _environment(prepared: _Prepared) -> Iterator[None]:
         for name, value in changed.items():
             if value is not None:
                 os.environ[name] = value
+
+
+@contextmanager
+def _shielded(place: str, ours: AbstractContextManager[None]) -> Iterator[None]:
+    """`ours` round a call of the host's: what fails in it at either end, in another version of Ray say, stays here."""
+    entered = False
+    with guard.guarded(place):
+        ours.__enter__()
+        entered = True
+    try:
+        yield
+    finally:
+        if entered:
+            with guard.guarded(place):
+                ours.__exit__(None, None, None)
 
 
 def _after_init(run: RunDir) -> None:
