@@ -17,7 +17,7 @@ from typing import Any
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
-from skyrl_otel.spool.layout import RunDir, open_run
+from skyrl_otel.spool.layout import RunDir, open_run, store_path
 
 WRITER = "0123456789abcdef" * 2
 SECOND = 1_000_000_000
@@ -175,7 +175,7 @@ class CollectorProcess:
 
     @property
     def store(self) -> Path:
-        return self.run.store / "store.db"
+        return store_path(self.run)
 
     @property
     def pid(self) -> int:

@@ -17,11 +17,13 @@ from skyrl_otel.spool.token import Control
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The agent of one node. `drained`: no writer has a byte that is not acknowledged, but partial lines younger than a
+    """The agent of one node. `place` tells nodes apart that have one name, and is the same for all agents that follow one
+    another there. `drained`: no writer has a byte that is not acknowledged, but partial lines younger than a
     second. Sizes in bytes."""
 
     run: str
     node: str
+    place: str
     agent: str
     pid: int
     supervisor_pid: int

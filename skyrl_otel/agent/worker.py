@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from skyrl_otel.agent.status import Reporter, Status
 from skyrl_otel.agent.watch import Watcher
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.config import Config
-from skyrl_otel.spool import locks, token
+from skyrl_otel.spool import leftovers, locks, token
 from skyrl_otel.spool.layout import RunDir
 from skyrl_otel.spool.token import Shipping
 
@@ -58,6 +59,8 @@ def main(run: RunDir, lock: int, link: socket.socket, restarts: int) -> None:
     """Work until all is delivered and all writers are gone; then tell the parent that this was no crash."""
     agent = Agent(run, lock, link, restarts)
     signal.signal(signal.SIGTERM, agent.terminate)
+    if not restarts:  # beside the work: after a year of runs there may be much to look at
+        threading.Thread(target=leftovers.tidy, args=(run.path.parent, run.run_id), name="tidy", daemon=True).start()
     agent.work()
 
 
@@ -71,6 +74,7 @@ class Agent:
         self._restarts = restarts
         self._name = secrets.token_hex(8)
         self._node = os.uname().nodename
+        self._place = _place(lock)
         self._writers: OrderedDict[str, Writer] = OrderedDict()
         self._active: dict[str, float] = {}
         self._broken: dict[str, str] = {}  # folders that cannot be read at all
@@ -528,6 +532,7 @@ class Agent:
         status = Status(
             run=self._run.run_id,
             node=self._node,
+            place=self._place,
             agent=self._name,
             pid=os.getpid(),
             supervisor_pid=os.getppid(),
@@ -572,7 +577,19 @@ class Agent:
         for writer in list(self._writers.values()):
             if drained and writer.facts.get("until_agent") and writer.is_delivered:
                 self._remove(writer)
+        with contextlib.suppress(OSError):
+            leftovers.settle(self._run)
         self._link.send(supervise.DONE)
+
+
+def _place(lock: int) -> str:
+    """The random name that the first agent of this run on this node wrote into the lock's file."""
+    try:
+        if not os.fstat(lock).st_size:
+            os.pwrite(lock, secrets.token_hex(8).encode(), 0)
+        return os.pread(lock, 64, 0).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _say(line: str) -> None:

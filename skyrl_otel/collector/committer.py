@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from skyrl_otel.collector.decode import BadRequest, Batch
+from skyrl_otel.collector.dedup import Sifted
 from skyrl_otel.collector.routes import Router
 from skyrl_otel.collector.store import Store
 from skyrl_otel.collector.text import LineFormat
@@ -56,7 +57,8 @@ class Committer:
         self._texts = texts
         self._max_bytes = max_bytes
         self._say = say
-        self._format = LineFormat(router)
+        self._router = router or Router(())
+        self._format = LineFormat(self._router)
         self._dedup = store.load_seen()
         # Bounded: a full queue holds the decoding thread up, and so the requests behind it.
         self._jobs: queue.Queue[_Job | None] = queue.Queue(queue_size)
@@ -126,23 +128,27 @@ class Committer:
             raise Unavailable(
                 f"the store {self._store.path} has {size >> 20} MB, its limit; set SKYRL_OTEL_STORE_MAX higher and restart"
             )
-        self._store.begin()
+        fresh: list[tuple[Batch, Sifted]] = []
         lines: dict[str, list[str]] = {}
         for job in jobs:
-            batch = job.batch
-            sifted = self._dedup.sift(batch.rows, batch.low_water)
-            self._store.add(batch.resources, sifted)
-            for channel, found in self._format.lines(sifted.fresh, batch.resources).items():
+            sifted = self._dedup.sift(job.batch.rows, job.batch.low_water)
+            fresh.append((job.batch, sifted))
+            for channel, found in self._format.lines(sifted.fresh, job.batch.resources).items():
                 lines.setdefault(channel, []).extend(found)
+        lines = {channel: text for channel, text in lines.items() if text}
+        self._begin_texts(lines)
+        self._store.begin()
+        for batch, sifted in fresh:
+            self._store.add(batch.resources, sifted)
         # Text before the commit, its new length in it: what a kill leaves behind that length is cut off at the next start.
         for channel, text in lines.items():
-            if not text:
-                continue
             file = self._texts.get(channel)
             file.append("".join(text).encode("utf-8", "replace"))
             self._store.set_text(channel, file.path, file.length)
+        self._store.set_followed(self._router.fresh)
         self._store.set_agents(reports)
         self._store.commit()
+        self._router.fresh.clear()
         self._texts.settle()
         with self._lock:
             for report in reports:
@@ -150,6 +156,19 @@ class Committer:
                     del self._reports[report[0]]
         if jobs:
             self._complaint.over()
+
+    def _begin_texts(self, keys: Iterable[str]) -> None:
+        """Commit where our lines begin in each file that is new, before the first of them is written: the next life could
+        not tell the lines that a kill leaves behind from what somebody else wrote there."""
+        new = [key for key in keys if not self._texts.knows(key)]
+        if not new:
+            return
+        self._store.begin()
+        for key in new:
+            file = self._texts.get(key)
+            self._store.set_text(key, file.path, file.length)
+        self._store.commit()
+        self._texts.settle()
 
     def _recover(self, jobs: list[_Job], error: Exception) -> None:
         self._store.rollback()
@@ -183,6 +202,8 @@ class Committer:
             job.done.set_exception(BadRequest(f"the collector cannot store this batch: {error!r}"))
 
     def _explain(self, error: Exception) -> str:
+        if isinstance(error, MemoryError):
+            return "memory is short; nothing is lost meanwhile"
         folders = {self._store.path.parent, *(file.path.parent for file in self._texts.values())}
         if isinstance(error, OSError):
             path = next((file.path for file in self._texts.values()), self._store.path)
@@ -195,8 +216,9 @@ class Committer:
 
 
 def _is_storage_trouble(error: Exception) -> bool:
-    """Disk and file trouble passes; what sqlite3 says of the data itself (DataError and the like) does not."""
-    return isinstance(error, OSError | Unavailable | sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+    """Trouble with disks, files and memory passes; what sqlite3 says of the data itself (DataError and the like) does not."""
+    passing = OSError | MemoryError | Unavailable | sqlite3.OperationalError
+    return isinstance(error, passing) or type(error) is sqlite3.DatabaseError
 
 
 class Complaint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +31,29 @@ _OVERFLOW = "other.log"
 class _Rule:
     def __init__(self, item: RouteItem) -> None:
         self.to = item.to
+        self.name = f"{item.alternatives} {item.to}"
         self.takes_all = not item.alternatives
         self.keys = [(key, re.compile("|".join(translate(glob) for glob in globs))) for key, globs in item.alternatives]
         self.placeholders = _PLACEHOLDER.findall(item.to)
 
 
 class Router:
-    """Remembers where writers go; one for each life of a collector."""
+    """Remembers where writers go. `fresh` has what was decided since the owner last stored and cleared it: writer → rule."""
 
     def __init__(self, items: Sequence[RouteItem]) -> None:
         self._rules = [_Rule(item) for item in items]
+        self.fresh: dict[str, str] = {}
         self._followed: dict[str, int] = {}
         self._resources: dict[str, dict[str, Any]] = {}
         self._files: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._rules)
+
+    def restore(self, followed: Iterable[tuple[str, str]]) -> None:
+        """Take over what an earlier life decided, as far as the rules are still the same."""
+        numbers = {rule.name: number for number, rule in enumerate(self._rules)}
+        self._followed |= {writer: numbers[name] for writer, name in followed if name in numbers}
 
     def route(self, row: Row, resource: Resource) -> str | None:
         """The file's path below the log folder; None where no rule takes the record."""
@@ -65,8 +72,9 @@ class Router:
                 catch_all = number
                 break
             if any(_holds(key, globs, row, resource, facts, attributes) for key, globs in rule.keys):
-                if writer:
-                    self._followed.setdefault(writer, number)
+                if writer and writer not in self._followed:
+                    self._followed[writer] = number
+                    self.fresh[writer] = rule.name
                 return number
         if row.scope in _TEXT_SCOPES and writer in self._followed:
             return self._followed[writer]

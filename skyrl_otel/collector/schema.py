@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 
 # records: `body` is TEXT, or a BLOB with the JSON of a structured body; `attributes` is JSON without log.record.uid and
 # log.iostream, which `source`, `start`, `end` and `stream` hold. resources: the counters save a summary the full scan.
@@ -32,5 +32,6 @@ CREATE TABLE records (
 CREATE INDEX records_by_time ON records (time, resource);
 CREATE INDEX records_by_event ON records (event_name) WHERE event_name IS NOT NULL;
 CREATE TABLE texts (channel TEXT PRIMARY KEY, path TEXT NOT NULL, length INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE followed (writer TEXT PRIMARY KEY, rule TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE agents (agent TEXT PRIMARY KEY, heard_unix_nano INTEGER NOT NULL, status TEXT NOT NULL) WITHOUT ROWID;
 """

@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import secrets
+import shutil
 import signal
 import sqlite3
 import sys
@@ -26,7 +27,7 @@ from skyrl_otel.collector.agents import Agents
 from skyrl_otel.collector.committer import Committer, free_bytes
 from skyrl_otel.collector.receiver import Limits, Receiver
 from skyrl_otel.collector.routes import Router
-from skyrl_otel.collector.store import Store, StoreError
+from skyrl_otel.collector.store import Store, StoreError, store_of
 from skyrl_otel.collector.text import TextFile
 from skyrl_otel.collector.texts import Texts
 from skyrl_otel.spool import locks
@@ -40,6 +41,7 @@ from skyrl_otel.spool.layout import (
     replace_file,
     write_all,
 )
+from skyrl_otel.spool.leftovers import drop_store
 
 CHANNELS = ("infra", "progress")
 _LOCK_WAIT_S = 2.0
@@ -171,9 +173,11 @@ async def _serve(settings: Settings) -> int:
     committer: Committer | None = None
     if not settings.control_only:
         _check_log_dir(settings.log_dir)
-        store = Store(run.store / "store.db", run_id=run.run_id)
+        _take_back(run)
+        store = Store(run.store_file, run_id=run.run_id)
         for agent, heard, status in store.agents():
             agents.restore(agent, heard, status)
+        router.restore(store.followed())
         texts = _open_texts(store, settings.log_dir)
         files = Texts(texts, settings.log_dir, store.texts())
         committer = Committer(store, files, max_bytes=settings.store_max_bytes, say=say, router=router)
@@ -224,17 +228,54 @@ def _finish(settings: Settings, store: Store, committer: Committer, texts: dict[
         return 1
     for file in texts.values():
         file.close()
-    code = 0
     try:
         needed, free = store.size_bytes(), free_bytes(settings.log_dir)
         if needed > free:
             raise OSError(errno.ENOSPC, f"{needed >> 20} MB needed, {free >> 20} MB free")
-        store.copy(settings.log_dir / f"{settings.run.run_id}.db")
+        copy = store.copy(settings.log_dir / f"{settings.run.run_id}.db")
+        note = {"path": str(copy), "store": store.meta()["store"]}
     except (OSError, sqlite3.Error) as error:
         say(f"the store stays at {store.path}: it cannot be copied to {settings.log_dir} ({error})")
-        code = 1
+        store.close()
+        return 1
     store.close()
-    return code
+    try:
+        replace_file(settings.run.copy_note, json.dumps(note).encode())
+        drop_store(settings.run)
+    except OSError as error:
+        say(f"the store stays at {store.path} too: {error}")
+    return 0
+
+
+def _take_back(run: RunDir) -> None:
+    """Go on with what an earlier life of this run's collector copied to the log folder and dropped here.
+
+    Raises:
+        StartError: there is no room for it.
+    """
+    try:
+        note = json.loads(read_file(run.copy_note))
+        copy, name = Path(note["path"]), note["store"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StartError(f"cannot read {run.copy_note}, which says where the store lies: {error}") from error
+    try:
+        if not run.store_file.exists() and store_of(copy) == name:
+            _fetch(copy, run)
+        run.copy_note.unlink()
+    except OSError as error:
+        raise StartError(f"cannot bring the store back from {copy}: {error}; free space in {run.store}") from error
+
+
+def _fetch(copy: Path, run: RunDir) -> None:
+    drop_store(run)  # no write-ahead log of an earlier life may be taken for this one's
+    scratch = run.store / ".store.db"
+    scratch.unlink(missing_ok=True)
+    descriptor = open_file(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    with open(descriptor, "wb") as target, open(copy, "rb") as source:
+        shutil.copyfileobj(source, target, 1 << 20)
+    os.replace(scratch, run.store_file)
 
 
 def _read_settings(settings: Settings) -> file_settings.Settings:

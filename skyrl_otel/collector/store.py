@@ -7,6 +7,7 @@ machine, which takes the training run with it.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import sqlite3
@@ -218,6 +219,13 @@ class Store:
     def set_text(self, channel: str, path: Path, length: int) -> None:
         self._db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", (channel, str(path), length))
 
+    def followed(self) -> Iterator[tuple[str, str]]:
+        """(writer, rule) as the router decided it."""
+        yield from self._db.execute("SELECT writer, rule FROM followed")
+
+    def set_followed(self, decided: Mapping[str, str]) -> None:
+        self._db.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?)", decided.items())
+
     def agents(self) -> Iterator[tuple[str, int, str]]:
         """(agent, when heard, status JSON) of each agent that earlier lives heard."""
         yield from self._db.execute("SELECT agent, heard_unix_nano, status FROM agents")
@@ -229,7 +237,7 @@ class Store:
         return dict(self._db.execute("SELECT key, value FROM meta"))
 
     def copy(self, target: Path) -> Path:
-        """Copy the store to `target`, complete or not at all, and return where it went.
+        """Copy the store to `target`, complete, on disk and looked at or not at all, and return where it went.
 
         A file of that name that belongs to another store (a run of the same name, earlier) is kept, and the copy goes
         beside it.
@@ -240,7 +248,7 @@ class Store:
         mine = str(self.meta()["store"])
         number = 1
         stem = target.stem
-        while target.exists() and _store_of(target) != mine:
+        while target.exists() and store_of(target) != mine:
             number += 1
             target = target.with_name(f"{stem}-{number}{target.suffix}")
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
@@ -252,9 +260,13 @@ class Store:
                 self._db.backup(copy, pages=-1)
                 # A file in WAL mode cannot be read from a folder that the reader may not write to.
                 copy.execute("PRAGMA journal_mode=DELETE")
+                if _extent(copy) != _extent(self._db):
+                    raise OSError(errno.EIO, f"the copy at {scratch} is not what was copied")
             finally:
                 copy.close()
+            _to_disk(scratch)
             os.replace(scratch, target)
+            _to_disk(target.parent)
         except BaseException:
             for suffix in ("", "-journal", "-wal", "-shm"):
                 Path(f"{scratch}{suffix}").unlink(missing_ok=True)
@@ -270,7 +282,22 @@ class Store:
         self._db.close()
 
 
-def _store_of(path: Path) -> str | None:
+def _extent(db: sqlite3.Connection) -> list[object]:
+    """What two equal stores have in common, without reading them whole."""
+    questions = ("PRAGMA page_count", "SELECT max(id) FROM records", "SELECT * FROM meta ORDER BY key")
+    return [db.execute(question).fetchall() for question in questions]
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def store_of(path: Path) -> str | None:
+    """Which store a file is; None where it is none."""
     try:
         db = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
         try:

@@ -185,7 +185,8 @@ class TextFile:
 
     def settle(self) -> None:
         """The transaction is committed."""
-        self.committed = self._length
+        if not self._dirty:  # else what is behind the commit could not be cut off yet
+            self.committed = self._length
 
     def revert(self) -> None:
         """The transaction failed: cut back to the committed length. Raises OSError."""

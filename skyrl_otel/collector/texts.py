@@ -22,8 +22,12 @@ class Texts:
         """`known`: key → path and committed length, of an earlier life of this run's collector."""
         self._channels = dict(channels)
         self._log_dir = log_dir
-        self._known = {key: (path, length) for key, (path, length) in known.items() if key.startswith(ROUTE)}
+        self._known = {key: value for key, value in known.items() if value[0] == self._path(key)}
         self._open: OrderedDict[str, TextFile] = OrderedDict()
+
+    def knows(self, key: str) -> bool:
+        """Whether a length of that file is committed."""
+        return key in self._channels or key in self._known
 
     def get(self, key: str) -> TextFile:
         """Raises OSError."""
@@ -36,21 +40,22 @@ class Texts:
         return found
 
     def _begin(self, key: str) -> TextFile:
-        path = self._log_dir / key.removeprefix(ROUTE)
-        folder = self._log_dir
+        path, folder = self._path(key), self._log_dir
         for part in path.relative_to(self._log_dir).parts[:-1]:
             folder = folder / part
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.is_symlink():
                 raise OSError(f"{folder} is a link; routed files go below the log folder alone")
-        known = self._known.get(key)
-        if known is not None and known[0] == path:
-            return TextFile(path, known[1])
+        if key in self._known:
+            return TextFile(path, self._known[key][1])
         try:
             size = os.stat(path, follow_symlinks=False).st_size  # another run's: it goes on behind
         except FileNotFoundError:
             size = 0
         return TextFile(path, size)
+
+    def _path(self, key: str) -> Path:
+        return self._log_dir / key.removeprefix(ROUTE)
 
     def settle(self) -> None:
         """The transaction is committed; few files stay open."""

@@ -18,7 +18,15 @@ from skyrl_otel.query.backlog import measure
 from skyrl_otel.query.explain import advice
 from skyrl_otel.query.summary import RunSummary, summarize
 from skyrl_otel.spool import identity, locks, token
-from skyrl_otel.spool.layout import RunDir, SpoolRefused, check_disk, ensure_private_dir, existing_runs, read_file
+from skyrl_otel.spool.layout import (
+    RunDir,
+    SpoolRefused,
+    check_disk,
+    ensure_private_dir,
+    existing_runs,
+    read_file,
+    store_path,
+)
 from skyrl_otel.spool.token import Shipping
 
 Level = Literal["ok", "note", "wrong"]
@@ -182,12 +190,13 @@ def _check_receiver(run: RunDir, area: str, has_collector: bool) -> Iterator[Fin
 
 
 def _check_store(run: RunDir, area: str) -> Iterator[Finding]:
+    path = store_path(run)
     try:
-        summary = summarize(run.store / "store.db")
+        summary = summarize(path)
     except FileNotFoundError:
         return
     except sqlite3.Error as error:
-        yield Finding("wrong", area, f"the store {run.store / 'store.db'} cannot be read: {error}")
+        yield Finding("wrong", area, f"the store {path} cannot be read: {error}")
         return
     yield Finding(
         "ok",

@@ -1,4 +1,4 @@
-"""Finding runs: live stores in the spool, finished ones in the log folder."""
+"""Finding runs: live stores in the spool, finished ones in the log folder that the spool names or that is given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from skyrl_otel.query.database import connect
 from skyrl_otel.spool import locks
-from skyrl_otel.spool.layout import existing_runs, started_unix_nano
+from skyrl_otel.spool.layout import existing_runs, started_unix_nano, store_path
 
 
 class UnknownRun(LookupError):
@@ -26,11 +26,10 @@ class FoundRun:
 
 
 def find_runs(spool_root: Path, log_dir: Path) -> list[FoundRun]:
-    """All runs with a store, newest first. A run that lies in both places is taken from the spool, where it is complete
-    even if the copy was not made."""
+    """All runs with a store, newest first. A run is taken from where the spool says that it lies."""
     found: dict[str, FoundRun] = {}
     for run in existing_runs(spool_root):
-        path = run.store / "store.db"
+        path = store_path(run)
         about = _about(path)
         if about is not None:
             store, _, started = about

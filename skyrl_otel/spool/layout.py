@@ -23,6 +23,8 @@ from pathlib import Path
 from skyrl_otel.config import RUN_ID_PATTERN
 
 WRITER_FOLDER = re.compile(r"w-([0-9a-f]{32})")
+JOB_FILE = "job-"
+"""Begins the name of the empty file of each Ray job of the run that has had a worker on this node; its id follows."""
 
 # statfs(2) f_type, from linux/magic.h and the file systems' own sources: locks or punched holes do not hold there.
 _REMOTE = {
@@ -71,6 +73,20 @@ class RunDir:
     @property
     def store(self) -> Path:
         return self.path / "store"
+
+    @property
+    def store_file(self) -> Path:
+        return self.store / "store.db"
+
+    @property
+    def copy_note(self) -> Path:
+        """Says where the store was copied. While it is there, what lies in the spool has nothing that the copy has not."""
+        return self.store / "copied"
+
+    @property
+    def launcher_lock(self) -> Path:
+        """Held by the launcher that keeps the run's collector alive."""
+        return self.path / "launcher.lock"
 
     @property
     def run_file(self) -> Path:
@@ -135,6 +151,10 @@ def open_run(root: Path, run_id: str) -> RunDir:
     ensure_private_dir(root)
     run = RunDir(root / run_id, run_id)
     ensure_private_dir(run.path)
+    try:
+        os.utime(run.path)  # whoever tidies up takes its hands off (`leftovers.py`)
+    except FileNotFoundError:
+        ensure_private_dir(run.path)
     return run
 
 
@@ -165,6 +185,16 @@ def write_run_file(run: RunDir, *, project: str, log_dir: str, argv: list[str]) 
         pass
     finally:
         os.unlink(scratch)
+
+
+def store_path(run: RunDir) -> Path:
+    """Where the run's store lies: in the spool while a collector may write to it, else where that copied it."""
+    if not run.store_file.exists():
+        try:
+            return Path(json.loads(read_file(run.copy_note))["path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return run.store_file
 
 
 def started_unix_nano(run: RunDir) -> int:

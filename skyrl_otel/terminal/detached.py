@@ -8,6 +8,7 @@ has delivered and none has spoken for ten minutes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
-from skyrl_otel.spool import layout
+from skyrl_otel.spool import layout, leftovers
 from skyrl_otel.spool.layout import RunDir
 from skyrl_otel.terminal.supervise import Collector, hand_out_token
 
@@ -52,3 +53,5 @@ def main(run_path: str, log_dir: str) -> None:
     collector.start()
     while collector.is_alive():  # a join without end would keep SIGTERM waiting
         collector.join(0.5)
+    with contextlib.suppress(OSError):
+        leftovers.settle_as_last(run)

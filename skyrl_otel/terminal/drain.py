@@ -23,7 +23,7 @@ _ASK_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a node's agent last said. `age_s` is how long ago it said so."""
+    """What a node's agent last said. `age_s` is how long ago it said so; `place` tells nodes of one name apart."""
 
     name: str
     age_s: float
@@ -34,6 +34,7 @@ class Node:
     lost_bytes: int
     rejected_records: int
     error: str
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ def drain(
     ask: Callable[[], tuple[Node, ...]],
     *,
     here: str,
+    place: str = "",
     ended_at: float,
     timeout_s: float,
     is_skipped: Callable[[], bool],
@@ -61,8 +63,9 @@ def drain(
 ) -> Outcome:
     """Wait until each agent that ever reported, and that of each `expected` node, has delivered all.
 
-    This node's agent (`here`) must say so after `ended_at` (of time.monotonic), and so must every other whose node had
-    living processes when it spoke last. One that said that all are gone and all is delivered has nothing to add.
+    This node's agent (`here`, and `place` as far as known) must say so after `ended_at` (of time.monotonic), and so must every
+    other whose node had living processes when it spoke last. One that said that all are gone and all is delivered has nothing
+    to add.
 
     `ask` gives the last reports; it may raise OSError, HTTPException or ValueError, and is asked again then.
     """
@@ -74,8 +77,9 @@ def drain(
         except (OSError, http.client.HTTPException, ValueError):
             pass  # it is being restarted
         since_end_s = time.monotonic() - ended_at
-        late = tuple(node for node in nodes if not _is_done(node, here, since_end_s))
-        if not late and any(node.name == here for node in nodes):
+        ours = [node for node in nodes if node.name == here and (not place or node.place in ("", place))]
+        late = tuple(node for node in nodes if not _is_done(node, since_end_s, is_here=node in ours))
+        if not late and ours:
             return Outcome(nodes, late, skipped=False)
         if is_skipped() or time.monotonic() >= deadline:
             return Outcome(nodes, late, skipped=is_skipped())
@@ -93,9 +97,9 @@ def _with_silent(nodes: tuple[Node, ...], expected: set[str]) -> tuple[Node, ...
     )  # fmt: skip
 
 
-def _is_done(node: Node, here: str, since_end_s: float) -> bool:
+def _is_done(node: Node, since_end_s: float, *, is_here: bool) -> bool:
     is_fresh = node.age_s < since_end_s
-    return node.drained and (is_fresh or (node.writers_alive == 0 and node.name != here))
+    return node.drained and (is_fresh or (node.writers_alive == 0 and not is_here))
 
 
 def ask_collector(ready: Ready) -> tuple[Node, ...]:
@@ -112,7 +116,7 @@ def ask_collector(ready: Ready) -> tuple[Node, ...]:
         connection.close()
     # An agent that was replaced has left a last report behind; the newest of each node counts.
     reports = sorted(json.loads(body), key=lambda report: -float(report["age_s"]))
-    newest = {str(report.get("node")): report for report in reports}
+    newest = {(report.get("node"), report.get("place")): report for report in reports}
     return tuple(_node(report, float(report["age_s"])) for report in newest.values())
 
 
@@ -133,4 +137,5 @@ def _node(report: dict[str, Any], age_s: float) -> Node:
         lost_bytes=int(report.get("lost_bytes") or 0),
         rejected_records=int(report.get("rejected_records") or 0),
         error=str(report.get("error") or ""),
+        place=str(report.get("place") or ""),
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from skyrl_otel.config import Config
 from skyrl_otel.query.summary import RunSummary, summarize
-from skyrl_otel.spool.layout import RunDir, read_file
+from skyrl_otel.spool.layout import RunDir, read_file, store_path
 from skyrl_otel.terminal import drain, summary
 from skyrl_otel.terminal.pipes import Pump
 from skyrl_otel.terminal.say import write
-from skyrl_otel.terminal.supervise import Collector, Ready
+from skyrl_otel.terminal.supervise import Collector
 
 # How long a collector may still take to come up after a child that was quicker than it.
 _COLLECTOR_START_S = 10.0
@@ -53,6 +53,7 @@ def see_off(
         outcome = drain.drain(
             partial(drain.ask_collector, ready) if ready else partial(drain.ask_here, run_dir),
             here=os.uname().nodename,
+            place=_place(run_dir),
             ended_at=ended_at,
             # Without a collector and an endpoint nothing can be delivered; the spool keeps it.
             timeout_s=config.drain_s if ready or config.endpoint else 0,
@@ -69,7 +70,7 @@ def see_off(
         run_id=run_dir.run_id,
         endpoint=config.endpoint,
         spool=run_dir.path,
-        store=None if config.endpoint else _store(run_dir, ready),
+        store=None if config.endpoint else _store(run_dir),
         outcome=outcome,
         driver_pid=pid,
         driver_failed=failed,
@@ -101,6 +102,14 @@ def _nodes_used(run_dir: RunDir) -> tuple[str, ...]:
         return ()
 
 
+def _place(run_dir: RunDir) -> str:
+    """How this node's agent calls this node."""
+    try:
+        return read_file(run_dir.agent_lock).decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def _last_line(path: Path) -> str:
     try:
         lines = read_file(path).decode("utf-8", "replace").split("\n")
@@ -109,14 +118,11 @@ def _last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _store(run_dir: RunDir, ready: Ready | None) -> RunSummary | None:
-    copy = Path(ready.log_dir) / f"{run_dir.run_id}.db" if ready else run_dir.store / "store.db"
-    for path in (copy, run_dir.store / "store.db"):
-        try:
-            return summarize(path)
-        except (OSError, sqlite3.Error, KeyError, ValueError):
-            continue
-    return None
+def _store(run_dir: RunDir) -> RunSummary | None:
+    try:
+        return summarize(store_path(run_dir))
+    except (OSError, sqlite3.Error, KeyError, ValueError):
+        return None
 
 
 def _unprinted(pumps: Sequence[Pump]) -> list[str]:

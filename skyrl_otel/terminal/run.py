@@ -12,7 +12,7 @@ from skyrl_otel.capture import identity
 from skyrl_otel.capture.launch import ensure_agent
 from skyrl_otel.collector import node_ip
 from skyrl_otel.config import Config
-from skyrl_otel.spool import layout, library, locks, marks, settings, token
+from skyrl_otel.spool import layout, leftovers, library, locks, marks, settings, token
 from skyrl_otel.spool.layout import RunDir, SpoolRefused
 from skyrl_otel.spool.writer import WriterFolder
 from skyrl_otel.terminal import child, pty, signals
@@ -21,7 +21,7 @@ from skyrl_otel.terminal.keeper import AgentKeeper
 from skyrl_otel.terminal.pipes import Inlet, Pump, Stream, open_streams
 from skyrl_otel.terminal.say import say
 from skyrl_otel.terminal.screen import Screen
-from skyrl_otel.terminal.supervise import LAUNCHER_LOCK, Collector, hand_out_token
+from skyrl_otel.terminal.supervise import Collector, hand_out_token
 
 _NO_COMMAND = 2
 # Variables that hold secrets; the agent has them from the 0600 token file.
@@ -91,7 +91,7 @@ def _prepare(argv: Sequence[str], config: Config) -> _Launch:
             log_dir="" if config.endpoint else str(config.log_dir),
             argv=list(argv),
         )
-        lib = library.ensure(run_dir)
+        lib = library.keep(run_dir)
         shipping = token.from_config(config)
         if shipping is not None:
             token.write(run_dir, shipping)
@@ -122,7 +122,7 @@ def _open_run(config: Config) -> RunDir:
     if config.run_id:
         return run_dir
     again = 1
-    while run_dir.run_file.exists() and not locks.is_held(run_dir.path / LAUNCHER_LOCK):
+    while run_dir.run_file.exists() and not locks.is_held(run_dir.launcher_lock):
         again += 1
         run_dir = layout.open_run(config.spool_root, f"{name[:70]}.{again}")
     return run_dir
@@ -223,6 +223,7 @@ class _Launch:
         except Exception as error:  # whatever it is, the command's exit code is worth more
             self._notice(f"the summary failed: {error!r}")
         keeper.stop()
+        self._tidy_up()
         return child.exit_like(status)
 
     def _environ(self, terminal_fd: int, nonce: str) -> dict[str, str]:
@@ -257,6 +258,13 @@ class _Launch:
                 pump.join(0.05)
             pump.salvage()
         inlet.join(0.2)
+
+    def _tidy_up(self) -> None:
+        library.let_go(self.run_dir)
+        try:
+            leftovers.settle_as_last(self.run_dir)
+        except OSError:
+            pass  # a later run's agent will
 
     def _copy_window_size(self) -> bool:
         changed = [pty.copy_window_size(stream.screen.fd, stream.ours) for stream in self.streams if stream.is_pty]

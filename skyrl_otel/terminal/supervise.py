@@ -21,9 +21,6 @@ from skyrl_otel.config import Config
 from skyrl_otel.spool import locks, token
 from skyrl_otel.spool.layout import RunDir, ensure_private_dir, open_file, read_file
 
-LAUNCHER_LOCK = "launcher.lock"
-"""In the run's folder: held by the launcher that keeps the run's collector alive."""
-
 _LOOK_EVERY_S = 0.02
 _GIVE_UP_AFTER = 5
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _STABLE_S = 0.1, 2.0, 5.0
@@ -125,7 +122,7 @@ class Collector(threading.Thread):
     def _become_owner(self) -> int | None:
         """The run's launcher lock; None if the run ended while somebody else had it."""
         while True:
-            lock = locks.take(self._run_dir.path / LAUNCHER_LOCK)
+            lock = locks.take(self._run_dir.launcher_lock)
             if lock is not None:
                 return lock
             if self.ready is None:

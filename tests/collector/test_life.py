@@ -1,6 +1,7 @@
 """A collector's life: start, readiness, trouble with disks, an orderly end, the next life."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from skyrl_otel.query.filters import Filter
+from skyrl_otel.query.health import check_run
+from skyrl_otel.query.runs import find_runs
+from skyrl_otel.query.sources import StoreSource
 from tests.collector_process import START, CollectorProcess, Line, is_root, request, wait_until
 
 
@@ -105,6 +110,69 @@ def test_sigterm_commits_what_is_under_way_and_copies_the_store(collector: Colle
         db.close()
     finally:
         collector.log_dir.chmod(0o700)
+
+
+def test_the_store_leaves_the_spool_once_its_copy_is_safe_and_is_found_there(
+    collector: CollectorProcess, spool_root: Path, tmp_path: Path
+) -> None:
+    collector.start().post(request([Line("kept", (0, 5))]))
+    assert collector.stop()[0] == 0
+    assert not list(collector.run.store.glob("*.db*"))
+    [found] = find_runs(spool_root, tmp_path / "not the log folder")
+    assert (found.run_id, found.path, found.live) == ("run-1", collector.log_dir / "run-1.db", False)
+    assert [record.body for record in StoreSource(found.path).read(Filter())] == ["kept"]
+    assert any("1 records" in finding.text for finding in check_run(collector.run, is_newest=True))
+
+
+def test_the_next_life_goes_on_with_the_copy_and_knows_what_it_has(collector: CollectorProcess) -> None:
+    client = collector.start()
+    client.post(request([Line("before", (0, 7))]))
+    collector.stop()
+    again = collector.start()
+    again.post(request([Line("before", (0, 7)), Line("after", (7, 13))]))
+    assert collector.rows() == ["before", "after"] and collector.store.parent == collector.run.store
+    assert collector.meta()["repeats_dropped"] == 1
+    collector.stop()
+    assert collector.store == collector.log_dir / "run-1.db" and collector.rows() == ["before", "after"]
+    assert [path.name for path in collector.log_dir.glob("*.db")] == ["run-1.db"]
+
+
+@pytest.mark.parametrize("killed", ["before its last step", "amid its last step", "while it was brought back"])
+def test_a_collector_killed_around_the_handover_loses_and_repeats_nothing(
+    collector: CollectorProcess, killed: str
+) -> None:
+    collector.start().post(request([Line("one", (0, 3))]))
+    collector.stop()
+    spooled = collector.run.store_file
+    if killed == "before its last step":
+        shutil.copyfile(collector.store, spooled)
+    elif killed == "amid its last step":
+        shutil.copyfile(collector.store, collector.run.store / "store.db.gone")
+        Path(f"{spooled}-wal").write_bytes(b"of an earlier life")
+    else:
+        (collector.run.store / ".store.db").write_bytes(b"SQLite format 3")
+    collector.start().post(request([Line("one", (0, 3)), Line("two", (3, 6))]))
+    assert collector.rows() == ["one", "two"]
+    collector.kill()  # with rows that no copy has
+    collector.start()
+    collector.stop()
+    assert collector.rows() == ["one", "two"] and collector.store.parent == collector.log_dir
+
+
+def test_a_store_that_cannot_be_copied_stays(collector: CollectorProcess, tmp_path: Path) -> None:
+    collector.start().post(request([Line("kept")]))
+    collector.log_dir.rename(tmp_path / "moved away")
+    code, said = collector.stop()
+    assert code == 1 and f"the store stays at {collector.run.store_file}" in said
+    assert not collector.run.copy_note.exists() and collector.rows() == ["kept"]
+
+
+def test_a_copy_that_was_moved_away_is_no_reason_not_to_start(collector: CollectorProcess, tmp_path: Path) -> None:
+    collector.start().post(request([Line("one")]))
+    collector.stop()
+    collector.store.rename(tmp_path / "archive.db")
+    collector.start().post(request([Line("two")]))
+    assert collector.rows() == ["two"]
 
 
 def test_a_copy_never_replaces_another_runs_store_of_that_name(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl_otel.collector.committer import Committer
+from skyrl_otel.collector.committer import Committer, Unavailable
 from skyrl_otel.collector.decode import Batch, Row
 from skyrl_otel.collector.resource import Resource, read_resource
 from skyrl_otel.collector.routes import Router, safe
@@ -117,6 +119,86 @@ def test_routed_files_are_written_beside_the_channels(tmp_path: Path) -> None:
     lengths = {key: length for key, (_, length) in store.texts().items()}
     assert lengths["route:trainer/rank_0.log"] == (logs / "trainer" / "rank_0.log").stat().st_size
     store.close()
+
+
+class Life:
+    """One life of a collector's committing part, in this process."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.logs = folder / "logs"
+        self.logs.mkdir(exist_ok=True)
+        self.store = Store(folder / "store.db", run_id="r")
+        channels = {name: TextFile(self.logs / f"{name}.log", 0) for name in ("infra", "progress")}
+        router = Router(rules(folder, text))
+        router.restore(self.store.followed())
+        texts = Texts(channels, self.logs, self.store.texts())
+        self.committer = Committer(self.store, texts, max_bytes=1 << 40, say=print, router=router)
+        self.committer.start()
+
+    def take(self, *rows: Row, owner: Resource) -> None:
+        self.committer.submit(Batch((owner,), rows, {})).result(30)
+
+    def end(self) -> None:
+        self.committer.stop(30)
+        self.store.close()
+
+
+def uid(start: int, body: str) -> Row:
+    return row("skyrl_otel.text", body)._replace(source=f"{'0' * 32}/out/0", start=start, end=start + 1)
+
+
+@pytest.mark.parametrize("before", ["", "of another run\n"])
+def test_the_first_lines_of_a_new_file_stand_once_after_a_kill(tmp_path: Path, before: str) -> None:
+    owner, path = resource(skyrl__role="policy", skyrl__rank=0), tmp_path / "logs" / "trainer" / "rank_0.log"
+    path.parent.mkdir(parents=True)
+    if before:
+        path.write_text(before)
+    child = os.fork()
+    if child == 0:
+        append = TextFile.append
+
+        def and_die(file: TextFile, data: bytes) -> None:
+            append(file, data)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        pytest.MonkeyPatch().setattr(TextFile, "append", and_die)
+        Life(tmp_path, TREE).take(uid(0, "one"), owner=owner)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and path.read_text().endswith("one\n")
+    life = Life(tmp_path, TREE)
+    life.take(uid(0, "one"), uid(1, "two"), owner=owner)
+    life.end()
+    text = path.read_text()
+    assert text.startswith(before) and [line.split()[-1] for line in text[len(before) :].splitlines()] == ["one", "two"]
+
+
+def test_the_next_life_knows_whom_a_writers_lines_follow(tmp_path: Path) -> None:
+    engine = resource(service__instance__id="e", ray__actor__class="AsyncVLLMEngine")
+    life = Life(tmp_path, SPLIT)
+    life.take(row("vllm.v1.engine", "scoped"), owner=engine)
+    life.end()
+    life = Life(tmp_path, SPLIT)
+    life.take(row("skyrl_otel.text", "native"), owner=engine)
+    life.end()
+    # Where the user changed the rules meanwhile, a writer follows the same rule, wherever that stands now, or none.
+    other = '[[route]]\nmatch = { scope = "x" }\nto = "x.log"\n'
+    for text in (other + SPLIT, other):
+        life = Life(tmp_path, text)
+        life.take(row("skyrl_otel.text", "native"), owner=engine)
+        life.end()
+    lines = [line.split()[-1] for line in (tmp_path / "logs" / "vllm.log").read_text().splitlines()]
+    assert lines == ["scoped", "native", "native"]
+
+
+def test_memory_that_is_short_is_no_fault_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    life, owner = Life(tmp_path, TREE), resource(skyrl__channel="progress")
+    with monkeypatch.context() as patch:
+        patch.setattr(TextFile, "append", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(Unavailable, match="memory"):  # 503: the agent keeps it; a 400 would be given up
+            life.take(uid(0, "one"), owner=owner)
+    life.take(uid(0, "one"), owner=owner)
+    life.end()
+    assert (tmp_path / "logs" / "progress.log").read_text().count("one") == 1
 
 
 @pytest.mark.parametrize(

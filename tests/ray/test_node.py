@@ -17,7 +17,7 @@ from pathlib import Path
 watch = Watch()
 run = RunDir(Path(sys.argv[1]), "test")
 facts = {"channel": "infra", "role": "ray"}
-SessionFiles(run, sys.argv[2], from_start=sys.argv[3] == "own", facts=facts).start(watch)
+SessionFiles(run, sys.argv[2], "05000000", from_start=sys.argv[3] == "own", facts=facts).start(watch)
 sys.stdin.read()
 """
 
@@ -67,4 +67,20 @@ def test_a_session_of_our_own_is_read_from_its_start(spool: Path, tmp_path: Path
     (logs / "raylet.out").write_text("started\n")
     process = follower(spool, logs.parent, "own")
     wait_for(lambda: services(spool) == {"raylet": 0})
+    end(process)
+
+
+def test_of_a_clusters_jobs_only_those_of_this_run_are_followed(spool: Path, tmp_path: Path) -> None:
+    logs = tmp_path / "session_z" / "logs"
+    logs.mkdir(parents=True)
+    for job in range(1, 300):  # the cluster is older than the run
+        (logs / f"runtime_env_setup-{job:02x}000000.log").write_text("setting up\n")
+    (logs / "raylet.out").write_text("old\n")
+    process = follower(spool, logs.parent, "joined")
+    wait_for(lambda: services(spool) == {"raylet": 4, "runtime_env_setup": 11})
+    (spool / "test" / "job-06000000").touch()  # a second job of the run
+    wait_for(lambda: len(written(spool)) == 3)
+    followed = {Path(w.facts["follow"]["out"]["path"]).name for w in written(spool)}
+    assert followed == {"raylet.out", *(f"runtime_env_setup-{job}.log" for job in ("05000000", "06000000"))}
+    assert len(list(Path(f"/proc/{process.pid}/fd").iterdir())) < 20
     end(process)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capture.frames import taken
 from tests.ray.conftest import Driver, Ran
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
@@ -62,6 +63,26 @@ print(json.dumps(ray.get(actor.env.remote())))"""
     assert recorded(ran)
     facts = ran.actor("Actor").facts
     assert (facts["rank"], facts["world_size"]) == (3, 4)
+
+
+def test_the_levels_of_the_job_hold_in_workers_of_a_cluster_that_was_there(driver: Driver) -> None:
+    ran = driver(
+        """
+import logging, ray
+ray.init()
+@ray.remote(num_cpus=0.1)
+class Actor:
+    def work(self):
+        for name in ("vllm.engine", "mine"):
+            for level in (logging.INFO, logging.ERROR):
+                logging.getLogger(name).setLevel(logging.DEBUG)
+                logging.getLogger(name).log(level, "%s %s", name, level)
+ray.get(Actor.remote().work.remote())
+""",
+        env={"SKYRL_OTEL_LEVELS": "vllm=ERROR"},
+    )
+    found = [(record.scope, record.severity) for writer in ran.writers for record in taken(writer.path)]
+    assert found == [("vllm.engine", 17), ("mine", 9), ("mine", 17)]
 
 
 def test_a_setup_hook_that_raises_ends_the_actor_as_without_us(driver: Driver, hooks: Path) -> None:
@@ -129,6 +150,63 @@ ray.init(runtime_env=env){END}""",
     )
     assert ran.result()["MINE"] == "4" and recorded(ran)
     assert json.loads((ran.run / "token").read_text())["headers"] == {"authorization": "s3cr3t"}
+
+
+KEYS = """
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
+def keys():
+    client = internal_kv_get_gcs_client()
+    found = client.internal_kv_keys(b"skyrl-otel/", b"skyrl-otel", 10)
+    return {key.decode(): client.internal_kv_get(key, b"skyrl-otel", 10).decode() for key in found}
+"""
+
+
+def test_a_driver_that_ends_takes_its_secret_out_of_the_cluster(driver: Driver) -> None:
+    endpoint = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=s3cr3t",
+    }
+    # Once by ray.shutdown(), once by its end.
+    ended = driver(
+        f"""{ACTOR}{KEYS}
+mine = f"skyrl-otel/{{os.environ['SKYRL_OTEL_RUN_ID']}}/"
+for time in range(2):
+    ray.init()
+    ray.get(Actor.remote().env.remote())
+    found = {{key: value for key, value in keys().items() if key.startswith(mine)}}
+    assert sum("s3cr3t" in value for value in found.values()) == 1 and len(found) == 2, found
+    if not time: ray.shutdown()""",
+        env=endpoint,
+    )
+    assert json.loads((ended.run / "token").read_text())["headers"] == {"authorization": "s3cr3t"}
+    assert json.loads((ended.run / "nodes").read_text())
+    # An actor that lives on may start again where no token is.
+    options = "name='stays', lifetime='detached', namespace='here'"
+    stays = driver(f"{ACTOR}\nray.init()\nray.get(Actor.options({options}).remote().env.remote())", env=endpoint)
+    look = f"import json, ray\nray.init(namespace='here'){KEYS}\nprint(json.dumps(keys()))\nray.kill(ray.get_actor('stays'))"
+    found = driver(look, env={"OTEL_SDK_DISABLED": "true"}).result()
+    assert not [key for key in found if ended.run.name in key]
+    assert [key.split("/")[1] for key, value in found.items() if "s3cr3t" in value] == [stays.run.name]
+
+
+def test_another_rays_internals_cost_the_record_not_the_program(driver: Driver) -> None:
+    ran = driver(
+        f"""{ACTOR}
+from skyrl_otel.capture import guard
+from skyrl_otel.integrations.ray import packaging, printing
+packaging._LOGGERS = (None, 3)
+printing._MOST_NAMES = len(printing.submitted) + 2
+ray.init()
+@ray.remote(num_cpus=0.1)
+def task(): return 7
+for n in range(5): task.options(name=str(n)).remote()
+assert len(printing.submitted) == printing._MOST_NAMES
+printing.submitted = ()
+assert ray.get(task.remote()) == 7
+print(json.dumps(dict(guard.counts)))""",
+        env={"SKYRL_OTEL_RAISE": ""},
+    )
+    assert (ran.result()["ray.upload"], ran.result()["ray.submitted"]) == (1, 1)
 
 
 def test_the_client_is_refused_in_one_line(driver: Driver) -> None:

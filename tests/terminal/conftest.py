@@ -19,7 +19,6 @@ import pytest
 
 from skyrl_otel.spool import locks
 from skyrl_otel.spool.layout import open_run
-from skyrl_otel.terminal.supervise import LAUNCHER_LOCK
 
 LAUNCHER = (sys.executable, "-c", "import sys; from skyrl_otel.terminal.run import main; sys.exit(main(sys.argv[1:]))")
 RUN = "run-under-test"
@@ -102,7 +101,7 @@ class Launcher:
         self.root = root
         self.run_dir = open_run(root, RUN)
         self._agent_lock = locks.take(self.run_dir.agent_lock)
-        self._launcher_lock = locks.take(self.run_dir.path / LAUNCHER_LOCK)
+        self._launcher_lock = locks.take(self.run_dir.launcher_lock)
         self.env = {
             **os.environ,
             "SKYRL_OTEL_SPOOL_DIR": str(root),

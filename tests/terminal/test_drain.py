@@ -5,8 +5,11 @@ from __future__ import annotations
 import http.client
 import time
 from dataclasses import replace
+from pathlib import Path
 
-from skyrl_otel.terminal.drain import Node, Outcome, drain
+from skyrl_otel.terminal.drain import Node, Outcome, ask_collector, drain
+from skyrl_otel.terminal.supervise import Ready
+from tests.collector_process import CollectorProcess
 
 HERE = Node("here", 0.0, True, 0, 0, 10, 0, 0, "")
 
@@ -16,6 +19,7 @@ def run(
     timeout_s: float = 5.0,
     skip_after: int = 10**6,
     expected: tuple[str, ...] = (),
+    place: str = "",
 ) -> tuple[Outcome, int]:
     """The outcome, and how often was asked. The last answer is repeated."""
     asked = 0
@@ -31,6 +35,7 @@ def run(
     outcome = drain(
         ask,
         here="here",
+        place=place,
         ended_at=time.monotonic() - 1,
         timeout_s=timeout_s,
         is_skipped=lambda: asked > skip_after,
@@ -79,3 +84,26 @@ def test_a_node_that_had_workers_and_never_reports_is_named() -> None:
     outcome, _ = run((HERE,), timeout_s=0.3, expected=("there",))
     assert [(node.name, node.error) for node in outcome.late] == [("there", "its agent has not reported")]
     assert not outcome.complete
+
+
+def test_two_nodes_of_one_name_do_not_hide_each_others_backlog(spool_root: Path, tmp_path: Path) -> None:
+    collector = CollectorProcess(spool_root, tmp_path / "logs")
+    try:
+        client = collector.start("--control-only")
+        status = {"node": "here", "drained": True}
+        client.status({**status, "agent": "1", "place": "a", "drained": False, "backlog_bytes": 7})
+        client.status({**status, "agent": "2", "place": "b", "drained": False, "backlog_bytes": 9})
+        client.status({**status, "agent": "3", "place": "b"})  # a later agent of the second one
+        nodes = ask_collector(Ready(f"http://{client.host}", 0, "", "", "", client.token))
+    finally:
+        collector.close()
+    assert {(node.place, node.backlog_bytes) for node in nodes} == {("a", 7), ("b", 0)}
+
+
+def test_of_two_nodes_of_this_name_one_is_this_node() -> None:
+    this, gone = replace(HERE, place="a"), replace(HERE, place="b", age_s=60.0)
+    assert run((this, gone), place="a")[1] == 1
+    outcome, _ = run((gone,), place="a", timeout_s=0.3)
+    assert not outcome.late and not any(node.place == "a" for node in outcome.nodes)
+    held = replace(HERE, place="b", drained=False, backlog_bytes=5)
+    assert run((this, held), place="a", timeout_s=0.3)[0].late == (held,)

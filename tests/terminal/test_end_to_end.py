@@ -187,6 +187,25 @@ def test_a_collector_that_is_killed_comes_back_where_it_was(site: Site) -> None:
     assert site.bodies() == [f"line {i}" for i in range(200)]
 
 
+def test_what_a_delivered_run_leaves_in_the_spool(site: Site) -> None:
+    site.run("echo", "hello")
+    run = site.run_dir()
+    wait_until(lambda: not locks.is_held(run.agent_lock), "the agent's end")
+    left = {str(path.relative_to(run.path)) for path in run.path.rglob("*")}
+    assert left == {
+        *("agent.lock", "agent.log", "launcher.lock", "run.json", "status", "store"),
+        *(f"store/{name}" for name in ("collector.log", "copied", "lock", "ready", "secret")),
+    }
+    assert sum(path.stat().st_size for path in run.path.rglob("*")) < 20_000
+    elsewhere = {"SKYRL_OTEL_LOG_DIR": str(site.cwd / "nothing here")}
+    site.env |= elsewhere
+    assert site.bodies() == ["hello"]
+    for command in (("runs",), ("doctor",)):
+        done = subprocess.run([CLI, *command], env=site.env, cwd=site.cwd, capture_output=True, text=True, check=True)
+        assert run.run_id in done.stdout
+    assert "records of 1 writers" in done.stdout  # the doctor's
+
+
 def test_two_launchers_of_one_run_share_a_collector(site: Site) -> None:
     code = "import sys, time; print(sys.argv[1], flush=True); time.sleep(float(sys.argv[2]))"
     first = site.start(*python(code), "first", "1", SKYRL_OTEL_RUN_ID="shared")

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from skyrl_otel.capture import guard, identity, runtime
@@ -29,6 +29,7 @@ _PASSED_ON = frozenset(
         "allow_tmpfs",
         "capture",
         "dump_infra",
+        "levels",
         "log_level",
         "project",
         "raise_errors",
@@ -43,7 +44,10 @@ _PASSED_ON = frozenset(
 _HIDDEN = frozenset({"launched", "terminal_fd"})
 # How often the driver looks on which nodes it has workers, and how long it may take over that when it ends.
 _LOOK_S, _LAST_LOOK_S = 10.0, 0.05
+# How long each of two questions to the cluster may take over which a driver that ends takes its secret out of it.
+_FORGET_S = 0.02
 _served: set[str] = set()
+_ended_jobs: set[str] = set()
 _HIDDEN_NAMES = tuple(name for v in VARIABLES if v.secret or v.field in _HIDDEN for name in v.names)
 
 
@@ -79,7 +83,8 @@ def wrap_init() -> None:
         prepared = _prepare(ray, args, kwargs)
         if prepared is None:
             return original(*args, **kwargs)
-        with _environment(prepared), packaging.uploaded_whole(str(prepared.run.lib / "skyrl_otel")):
+        whole = packaging.uploaded_whole(str(prepared.run.lib / "skyrl_otel"))
+        with _shielded("ray.environment", _environment(prepared)), _shielded("ray.upload", whole):
             context = original(*args, **prepared.kwargs)
         with guard.guarded("ray.after_init"):
             _after_init(prepared.run)
@@ -113,6 +118,17 @@ def _note_shutdown() -> None:
     if running is not None and "ray" in sys.modules and sys.modules["ray"].is_initialized():
         replace_file(running.run.path / "shutdown", str(time.time_ns()).encode())
         _note_nodes(running, _LAST_LOOK_S)
+        _forget(running)
+
+
+def _forget(running: runtime.Runtime) -> None:
+    """Take the receiver's address and secret out of the cluster, which may live for months. Nobody needs them from here on:
+    each node with workers has a token, and no other will get one, for Ray ends a job's workers with its driver."""
+    import ray._private.worker as ray_worker
+
+    job_id = ray_worker.global_worker.current_job_id.hex()
+    _ended_jobs.add(job_id)
+    kv.forget(running.run.run_id, job_id, _FORGET_S)
 
 
 def _note_nodes(running: runtime.Runtime, timeout_s: float) -> float | None:
@@ -192,7 +208,7 @@ def _addition(config: Config) -> merge.Addition | None:
     globs = _progress_globs(config)
     if globs:
         passed["SKYRL_OTEL_PROGRESS"] = ",".join(globs)
-    return merge.Addition(str(library.ensure(running.run) / "skyrl_otel"), passed)
+    return merge.Addition(str(library.keep(running.run) / "skyrl_otel"), passed)
 
 
 def _progress_globs(config: Config) -> tuple[str, ...]:
@@ -227,6 +243,21 @@ def _environment(prepared: _Prepared) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _shielded(place: str, ours: AbstractContextManager[None]) -> Iterator[None]:
+    """`ours` round a call of the host's: what fails in it at either end, in another version of Ray say, stays here."""
+    entered = False
+    with guard.guarded(place):
+        ours.__enter__()
+        entered = True
+    try:
+        yield
+    finally:
+        if entered:
+            with guard.guarded(place):
+                ours.__exit__(None, None, None)
+
+
 def _after_init(run: RunDir) -> None:
     """What a connected driver does for its run. Once per connection."""
     running = runtime.current()
@@ -238,14 +269,16 @@ def _after_init(run: RunDir) -> None:
     own_session = bool(getattr(ray_worker._global_node, "head", False))
     config = running.config
     worker = ray_worker.global_worker
+    job_id = worker.current_job_id.hex()
     with guard.guarded("ray.publish"):
-        running.publish({"job_id": worker.current_job_id.hex(), "node_id": str(worker.node.node_id)})
-    if not _put_shipping(running.run, config):
-        running.watch.add("shipping", lambda: None if _put_shipping(running.run, config) else 0.5, 0.2)
+        running.publish({"job_id": job_id, "node_id": str(worker.node.node_id)})
+    if not _put_shipping(running.run, config, job_id):
+        running.watch.add("shipping", lambda: None if _put_shipping(running.run, config, job_id) else 0.5, 0.2)
     overrides.may_ask()
     printing.install(running, _progress_globs(config))
     session = ray_worker._global_node.get_session_dir_path()
-    node.SessionFiles(running.run, session, from_start=own_session, facts=node.facts(worker)).start(running.watch)
+    files = node.SessionFiles(running.run, session, job_id, from_start=own_session, facts=node.facts(worker))
+    files.start(running.watch)
     running.watch.add("agent", running.ensure_agent)
     running.watch.add("nodes", lambda: _note_nodes(running, _LOOK_S), _LOOK_S)
 
@@ -268,7 +301,9 @@ class _Unwrapped:
         return None
 
 
-def _put_shipping(run: RunDir, config: Config) -> bool:
+def _put_shipping(run: RunDir, config: Config, job_id: str) -> bool:
     """Hand the receiver's address and secret to the cluster's KV; false while they are not known yet."""
+    if job_id in _ended_jobs:
+        return True
     shipping = token.read(run) or token.from_config(config)
-    return shipping is not None and kv.put_shipping(run.run_id, shipping)
+    return shipping is not None and kv.put_shipping(run.run_id, job_id, shipping)

@@ -1,5 +1,6 @@
 """What processes of a job tell each other by the cluster's own key-value store, instead of anything Ray writes to a log:
-the receiver's address and secret, and on which nodes the job has had workers.
+the receiver's address and secret, and on which nodes the job has had workers. Each job has keys of its own, so that two
+drivers of one run on one cluster do not end each other's.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ from skyrl_otel.spool.token import Shipping
 
 NAMESPACE = "skyrl-otel"
 _ENCODED = NAMESPACE.encode()
+_DETACHED = b"detached"
 
 
-def put_shipping(run_id: str, shipping: Shipping) -> bool:
+def put_shipping(run_id: str, job_id: str, shipping: Shipping) -> bool:
     """Whether it could be put: false where this process is not connected."""
     from ray.experimental import internal_kv
 
     if not internal_kv._internal_kv_initialized():
         return False
-    internal_kv._internal_kv_put(f"skyrl-otel/{run_id}", shipping.to_json(), overwrite=True, namespace=NAMESPACE)
+    key = _prefix(run_id, job_id) + b"shipping"
+    internal_kv._internal_kv_put(key, shipping.to_json(), overwrite=True, namespace=NAMESPACE)
     return True
 
 
-def get_shipping(run_id: str, timeout_s: float | None = None) -> Shipping | None:
+def get_shipping(run_id: str, job_id: str, timeout_s: float | None = None) -> Shipping | None:
     """None where it is not there (yet). Raises ray.exceptions.RpcError for a GCS that does not answer in time."""
     client = _client()
-    found = client.internal_kv_get(f"skyrl-otel/{run_id}".encode(), _ENCODED, timeout_s) if client else None
+    key = _prefix(run_id, job_id) + b"shipping"
+    found = client.internal_kv_get(key, _ENCODED, timeout_s) if client else None
     return Shipping.from_json(found) if found else None
 
 
@@ -33,18 +37,32 @@ def announce_node(run_id: str, job_id: str, node: str, timeout_s: float) -> None
     """Tell the driver that this job has workers on `node`, a host name. Raises as `get_shipping`."""
     client = _client()
     if client is not None:
-        client.internal_kv_put(_nodes_prefix(run_id, job_id) + node.encode(), b"", True, _ENCODED, timeout_s)
+        client.internal_kv_put(_prefix(run_id, job_id) + b"nodes/" + node.encode(), b"", True, _ENCODED, timeout_s)
 
 
 def announced_nodes(run_id: str, job_id: str, timeout_s: float) -> list[str]:
     """The host names that were announced. Raises as `get_shipping`."""
-    client, prefix = _client(), _nodes_prefix(run_id, job_id)
+    client, prefix = _client(), _prefix(run_id, job_id) + b"nodes/"
     keys = client.internal_kv_keys(prefix, _ENCODED, timeout_s) if client else []
     return sorted(key[len(prefix) :].decode() for key in keys)
 
 
-def _nodes_prefix(run_id: str, job_id: str) -> bytes:
-    return f"skyrl-otel/{run_id}/nodes/{job_id}/".encode()
+def outlives_driver(run_id: str, job_id: str, timeout_s: float) -> None:
+    """Tell the driver that this job has a detached actor, which may start again elsewhere. Raises as `get_shipping`."""
+    client = _client()
+    if client is not None:
+        client.internal_kv_put(_prefix(run_id, job_id) + _DETACHED, b"", True, _ENCODED, timeout_s)
+
+
+def forget(run_id: str, job_id: str, timeout_s: float) -> None:
+    """Remove what was put for a job that ends, unless an actor of it lives on. Raises as `get_shipping`."""
+    client, prefix = _client(), _prefix(run_id, job_id)
+    if client is not None and not client.internal_kv_keys(prefix + _DETACHED, _ENCODED, timeout_s):
+        client.internal_kv_del(prefix, True, _ENCODED, timeout_s)
+
+
+def _prefix(run_id: str, job_id: str) -> bytes:
+    return f"skyrl-otel/{run_id}/{job_id}/".encode()
 
 
 def _client() -> Any:

@@ -21,13 +21,13 @@ from skyrl_otel.capture import guard
 from skyrl_otel.capture.fds import Place, place_of
 from skyrl_otel.capture.folders import FollowedFolder
 from skyrl_otel.capture.watch import Watch
-from skyrl_otel.spool.layout import RunDir, open_file
+from skyrl_otel.spool.layout import JOB_FILE, RunDir, open_file
 from skyrl_otel.spool.writer import FIRST_SEGMENT
 
 # session_dir/logs: ray/_private/node.py and services.py. python-core-* and worker-* are not here: the former are Ray's
 # debugging logs of each worker, the latter the workers' own folders.
 _FILES = (
-    r"(raylet|gcs_server|monitor|dashboard|dashboard_agent|log_monitor|runtime_env_agent|runtime_env_setup-\w+)"
+    r"(raylet|gcs_server|monitor|dashboard|dashboard_agent|log_monitor|runtime_env_agent|runtime_env_setup-(\w+))"
     r"(?:\.\d+)?\.(out|err|log)"
 )
 _LOOK_AGAIN_S = 2.0
@@ -51,12 +51,14 @@ class SessionFiles:
 
     Args:
         session: Ray's session folder on this node.
+        job_id: this process's Ray job. A cluster keeps a file for each job it ever had; only those of the run are ours.
         from_start: this run started the session, so all its files are this run's; else only what is written from now on.
         facts: identity keys.
     """
 
-    def __init__(self, run: RunDir, session: str, *, from_start: bool, facts: Mapping[str, Any]) -> None:
+    def __init__(self, run: RunDir, session: str, job_id: str, *, from_start: bool, facts: Mapping[str, Any]) -> None:
         self._run = run
+        self._job_id = job_id
         self._logs = Path(session) / "logs"
         self._from_start = from_start
         self._facts = facts
@@ -90,14 +92,16 @@ class SessionFiles:
         components: dict[str, dict[str, tuple[Place, int]]] = {}
         # The first look comes late for files of another's session; those that appear afterwards are read from the start.
         from_start = self._from_start or bool(self._held)
+        others = (name for name in os.listdir(self._run.path) if name.startswith(JOB_FILE))
+        jobs = {self._job_id, *(name.removeprefix(JOB_FILE) for name in others)}
         for name in sorted(os.listdir(self._logs)):
             match = re.fullmatch(_FILES, name)
-            if match is None:
+            if match is None or (match[2] and match[2] not in jobs):
                 continue
-            component = f"{match[1]}.log" if match[2] == "log" else match[1]
+            component = f"{match[1]}.log" if match[3] == "log" else match[1]
             found = place_of(str(self._logs / name))
             if component not in self._held and found is not None:
-                stream = "err" if match[2] == "err" else "out"
+                stream = "err" if match[3] == "err" else "out"
                 components.setdefault(component, {})[stream] = (found, 0 if from_start else found.size)
         for component, places in components.items():
             facts = {**self._facts, "service": _service(component), "argv0": component}

@@ -22,6 +22,7 @@ from skyrl_otel.integrations.ray.worker import POINTER
 from skyrl_otel.spool.writer import WriterFolder
 
 _HANDLER = "ray_print_logs"
+_MOST_NAMES = 10_000
 
 #: Names of the tasks that this driver submitted itself.
 submitted: set[str] = set()
@@ -60,7 +61,9 @@ def count_submissions() -> None:
 
     @functools.wraps(original)
     def _remote(self: Any, *args: Any, **kwargs: Any) -> Any:
-        submitted.add(kwargs.get("name") or str(self._function_name).rpartition(".")[2])
+        if len(submitted) < _MOST_NAMES:  # a program may name each task by its step
+            with guard.guarded("ray.submitted"):
+                submitted.add(str(kwargs.get("name") or str(self._function_name).rpartition(".")[2]))
         return original(self, *args, **kwargs)
 
     RemoteFunction._remote = _remote

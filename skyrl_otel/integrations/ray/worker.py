@@ -125,7 +125,10 @@ def _open_node(running: Runtime) -> None:
     running.ensure_agent()
     with guard.guarded("ray.open_node"):
         kv.announce_node(running.run.run_id, job_id, os.uname().nodename, _KV_S)
-        if token.read(running.run) is None and (found := kv.get_shipping(running.run.run_id, _KV_S)) is not None:
+        if (
+            token.read(running.run) is None
+            and (found := kv.get_shipping(running.run.run_id, job_id, _KV_S)) is not None
+        ):
             token.write(running.run, found)
 
 
@@ -146,7 +149,9 @@ class Rest:
         running.look_after()
         running.watch.add("shipping", Shipping(running))
         session = worker.node.get_session_dir_path()
-        node.SessionFiles(running.run, session, from_start=False, facts=node.facts(worker)).start(running.watch)
+        job_id = worker.current_job_id.hex()
+        files = node.SessionFiles(running.run, session, job_id, from_start=False, facts=node.facts(worker))
+        files.start(running.watch)
 
 
 class Shipping:
@@ -157,13 +162,15 @@ class Shipping:
         self._tries = 0
 
     def __call__(self) -> float | None:
+        import ray._private.worker as ray_worker
+
         from skyrl_otel.integrations.ray import kv
         from skyrl_otel.spool import token
 
         run = self._running.run
         if token.read(run) is not None:
             return None
-        found = kv.get_shipping(run.run_id)
+        found = kv.get_shipping(run.run_id, ray_worker.global_worker.current_job_id.hex())
         self._tries += 1
         if found is None and self._tries > 5:
             # Nobody puts one: the import string alone was named in the job. An endpoint of the environment will do.
@@ -215,6 +222,8 @@ class Markers:
         if actor_id == self._actor_id:
             return
         self._actor_id = actor_id
+        with guard.guarded("ray.detached"):
+            _tell_detached(self._running)
         name = ray.get_runtime_context().get_actor_name()
         instance = worker.actors.get(worker.actor_id)
         class_name = token_text or (type(instance).__name__ if instance is not None else "")
@@ -286,6 +295,18 @@ class Markers:
             return False
         depth = getattr(ray._private.worker.global_worker.core_worker, "get_task_depth", None)
         return depth is not None and depth() == 1
+
+
+def _tell_detached(running: Runtime) -> None:
+    """The driver leaves the secret in the cluster for an actor, and those that it makes, which outlive it."""
+    import ray._private.worker as ray_worker
+
+    worker = ray_worker.global_worker
+    root = getattr(worker.core_worker, "get_current_root_detached_actor_id", None)
+    if root is not None and not root().is_nil():
+        from skyrl_otel.integrations.ray import kv
+
+        kv.outlives_driver(running.run.run_id, worker.current_job_id.hex(), _KV_S)
 
 
 def _is_rays_own(frame: Any) -> bool:
