@@ -151,6 +151,7 @@ class Markers:
     def __init__(self, running: Runtime) -> None:
         self._running = running
         self._redirected = False
+        self._sees_overrides = False
         self._actor_id = ""
         self._task = ""
         self._task_changes = 0
@@ -158,18 +159,26 @@ class Markers:
     def __call__(self, stream: LineStream, text: str) -> bool:
         if not text.startswith((_ACTOR, _TASK, _JOB)) or not _is_rays_own(sys._getframe(2)):
             return False
-        from skyrl_otel.integrations.ray import overrides
-
         try:
-            if not text.startswith(_JOB):
-                overrides.may_ask()
             if text.startswith(_ACTOR):
+                self._watch_overrides()
                 self.enter_actor(text[len(_ACTOR) :].strip())
             elif text.startswith(_TASK):
+                self._watch_overrides()
                 self._enter_task(text[len(_TASK) :].strip())
         except Exception as error:
             guard.failed("ray.marker", error)
         return self._redirected
+
+    def _watch_overrides(self) -> None:
+        """Before the user's code runs, which may give actors of its own a runtime_env."""
+        if self._sees_overrides:
+            return
+        from skyrl_otel.integrations.ray import overrides
+
+        overrides.install()
+        overrides.may_ask()
+        self._sees_overrides = True
 
     def enter_actor(self, token_text: str | None) -> None:
         """The worker is an actor's from here on."""
