@@ -16,11 +16,16 @@ from skyrl_otel.capture import fds, guard, identity, runtime
 from skyrl_otel.capture.runtime import Runtime
 from skyrl_otel.capture.stream import LineStream
 from skyrl_otel.config import Config
+from skyrl_otel.spool import locks
+from skyrl_otel.spool.layout import RunDir
 
 POINTER = "skyrl-otel: output of this actor is recorded"
 # A raylet that was started under `skyrl-otel run` hands these on; they are about another process's terminal.
 _NOT_FOR_WORKERS = ("SKYRL_OTEL_LAUNCHER", "SKYRL_OTEL_TERMINAL_FD", "SKYRL_OTEL_ECHO")
 _ACTOR, _TASK, _JOB = ":actor_name:", ":task_name:", ":job_id:"
+
+# A worker's start is over by then, as a rule.
+_REST_S = 0.2
 
 # After so many changes of task a worker stops saying which one it runs: identity files must not grow without bound.
 _MOST_TASK_CHANGES = 2000
@@ -97,7 +102,12 @@ def _follow_streams(running: Runtime) -> None:
     else:
         running.records_only(facts)
     running.start_recording()
-    running.watch.add("rest", Rest(running))
+    running.watch.add("rest", Rest(running), _REST_S if _is_looked_after(running.run) else 0.0)
+
+
+def _is_looked_after(run: RunDir) -> bool:
+    """Whether the node's agent is there and knows where to send, so that nothing waits for what `Rest` does."""
+    return os.path.exists(run.token) and locks.is_held(run.agent_lock)
 
 
 class Rest:
