@@ -1,7 +1,17 @@
-"""What our hook adds to the start of an actor, next to the same actor with a runtime_env of one variable, and with none.
+"""What our hook adds to the start of an actor, next to the same actor under a hook that does nothing.
 
-Three drivers stay connected to one cluster and start an actor each in turn, so that whatever else the machine does falls
-on all three alike.
+`added_ms` is the time from the hook's first line to the first line of the actor's `__init__`, less what passes there with
+an empty hook. So it holds the hook itself, imports included (`hook_ms`), and `after_hook_ms`: what Ray's actor marker costs
+(a folder in the spool, dup2, identity) and whatever our watch thread takes from the main thread meanwhile. `added_cpu_ms` is
+the same in CPU time of the main thread, `background_cpu_ms` that of our own threads half a second after the start. Our
+threads work on while `__init__` runs: `first_work_ms` is by how much they hold up 100 ms of plain Python there.
+
+As in a run, the node's agent is there already and has a receiver. The drivers stay connected to one cluster and start an
+actor each in turn, in an order that changes, so that whatever else the machine does falls on all alike. `start_ms_*` is what
+a driver waits for its actor, Ray's own second and its noise in it: under our hook, the empty one, a runtime_env of one
+variable, and no runtime_env.
+
+Beside it, what a plain process pays: for `attach()`, and for being started under `skyrl-otel run` without ever attaching.
 """
 
 from __future__ import annotations
@@ -11,12 +21,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import permutations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.fd import RECEIVER
+from skyrl_otel.spool import layout, token
+
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("ours", "runtime_env", "none")
+KINDS = ("ours", "empty_hook", "runtime_env", "none")
 
 CLUSTER = """
 import sys, ray
@@ -25,17 +39,25 @@ print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 
-# The hook that is timed calls ours; it is shipped as the package is.
-TIMED_HOOK = """
-import os, sys, time
-def hook():
+# The hooks that are timed; ours is called by one of them, which is shipped as the package is.
+TIMED_HOOKS = """
+import sys, time
+
+class Timed:
+    began = ended = cpu = 0.0
+    modules = []
+
+def ours():
     before = set(sys.modules)
-    began, cpu = time.perf_counter(), time.thread_time()
+    Timed.began, Timed.cpu = time.perf_counter(), time.thread_time()
     from skyrl_otel.integrations.ray import setup_worker
     setup_worker()
-    os.environ["BENCH_HOOK_CPU_MS"] = str((time.thread_time() - cpu) * 1000)
-    os.environ["BENCH_HOOK_MS"] = str((time.perf_counter() - began) * 1000)
-    os.environ["BENCH_NEW_MODULES"] = ",".join(sorted(set(sys.modules) - before))
+    Timed.ended = time.perf_counter()
+    Timed.modules = sorted(set(sys.modules) - before)
+
+def empty_hook():
+    Timed.began, Timed.cpu = time.perf_counter(), time.thread_time()
+    Timed.ended = time.perf_counter()
 """
 
 DRIVER = """
@@ -47,71 +69,153 @@ if kind == "ours":
     from skyrl_otel.config import Config
     from skyrl_otel.integrations.ray import driver, merge
     env = merge.merged(None, driver._addition(Config.from_env()))
-    env["worker_process_setup_hook"] = "timed_hook.hook"
-    env["py_modules"] = [*env["py_modules"], hooks]
 else:
-    env = {"env_vars": {"BENCH": "1"}} if kind == "runtime_env" else None
+    env = {"env_vars": {"BENCH": "1"}} if kind != "none" else None
+if kind in ("ours", "empty_hook"):
+    env["worker_process_setup_hook"] = f"timed_hooks.{kind}"
+    env["py_modules"] = [*env.get("py_modules", []), hooks]
 ray.init(runtime_env=env, configure_logging=False, log_to_driver=False)
 
 @ray.remote(num_cpus=0)
 class Actor:
+    def __init__(self):
+        self.began, self.cpu = time.perf_counter(), time.thread_time()
+        while time.thread_time() < self.cpu + 0.1:
+            sum(range(1000))
+        self.worked = time.perf_counter()
+
     def ping(self):
-        found = [os.environ.get(f"BENCH_{name}", "") for name in ("HOOK_MS", "NEW_MODULES", "HOOK_CPU_MS")]
-        return *found, type(sys.stdout).__name__
+        timed = getattr(sys.modules.get("timed_hooks"), "Timed", None)
+        if timed is None:
+            return {}
+        return {
+            "hook_ms": (timed.ended - timed.began) * 1000,
+            "after_hook_ms": (self.began - timed.ended) * 1000,
+            "first_work_ms": (self.worked - self.began) * 1000,
+            "cpu_ms": (self.cpu - timed.cpu) * 1000,
+            "modules": timed.modules,
+            "stream": type(sys.stdout).__name__,
+        }
+
+    def background_cpu_ms(self):
+        import threading
+        ours = [thread for thread in threading.enumerate() if thread.name.startswith("skyrl-otel")]
+        return sum(time.clock_gettime(time.pthread_getcpuclockid(thread.ident)) for thread in ours) * 1000
 
 for line in sys.stdin:
     began = time.perf_counter()
     actor = Actor.remote()
     answer = ray.get(actor.ping.remote())
-    took = (time.perf_counter() - began) * 1000
+    answer["start_ms"] = (time.perf_counter() - began) * 1000
+    time.sleep(0.4)
+    answer["background_cpu_ms"] = ray.get(actor.background_cpu_ms.remote())
     ray.kill(actor)
-    print(json.dumps([took, *answer]), flush=True)
+    print(json.dumps(answer), flush=True)
+"""
+
+ATTACH = """
+import sys, time
+began = time.thread_time()
+import skyrl_otel
+skyrl_otel.attach(channel="infra")
+open(sys.argv[1], "w").write(str((time.thread_time() - began) * 1000))
 """
 
 
 def run(quick: bool) -> dict[str, object]:
-    """Measure; `quick` takes fewer rounds. A round starts one actor of each kind."""
+    """Measure; `quick` takes fewer rounds. A round starts one actor of each kind and the plain processes."""
     rounds = 3 if quick else 15
     with tempfile.TemporaryDirectory(prefix="sk-attach-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
         root = Path(folder)
-        hooks = root / "timed_hook.py"
-        hooks.write_text(TIMED_HOOK)
         base = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "SKYRL_", "RAY_"))}
         base.pop("PYTHONDONTWRITEBYTECODE", None)  # else each worker compiles us anew, and Ray and itself too
         base |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-        cluster = _start(CLUSTER, [str(root / "ray")], base)
-        drivers: dict[str, subprocess.Popen[str]] = {}
+        ours = {**base, "SKYRL_OTEL_RUN_ID": "bench", "SKYRL_OTEL_SPOOL_DIR": str(root / "spool")}
+        receiver = subprocess.Popen([sys.executable, "-c", RECEIVER], stdout=subprocess.PIPE, text=True)
         try:
-            base["RAY_ADDRESS"] = _line(cluster)
-            (root / "spool").mkdir(mode=0o700)
-            ours = {**base, "SKYRL_OTEL_RUN_ID": "bench", "SKYRL_OTEL_SPOOL_DIR": str(root / "spool")}
-            for kind in KINDS:
-                drivers[kind] = _start(DRIVER, [kind, str(hooks)], ours if kind == "ours" else base)
-            answers: dict[str, list[Any]] = {kind: [] for kind in KINDS}
-            for kind in KINDS:
-                _ask(drivers[kind])  # the first start also fetches the package to the node
-            for number in range(rounds):
-                for kind in KINDS[:: 1 if number % 2 else -1]:
-                    answers[kind].append(_ask(drivers[kind]))
+            assert receiver.stdout is not None
+            url = f"http://127.0.0.1:{receiver.stdout.readline().strip()}/v1/logs"
+            token.write(layout.open_run(root / "spool", "bench"), token.Shipping(url, {}))
+            actors = _actors(root, base, ours, rounds)
+            plain = _plain(root, base, ours, rounds)
         finally:
-            for process in (*drivers.values(), cluster):
-                assert process.stdin and process.stdout
-                process.stdin.close()
-            for process in (*drivers.values(), cluster):
-                process.wait(60)
-    assert answers["ours"][-1][4] == "LineStream", "the hook did not run"
-    starts = {kind: median(answer[0] for answer in answers[kind]) for kind in KINDS}
-    new_modules = answers["ours"][-1][2].split(",")
+            receiver.kill()
+            receiver.wait()
+    assert actors["ours"][-1]["stream"] == "LineStream", "the hook did not run"
+
+    def mid(kind: str, key: str) -> float:
+        return float(median(answer[key] for answer in actors[kind]))
+
+    hook_ms = mid("ours", "hook_ms")
+    after_hook_ms = mid("ours", "after_hook_ms") - mid("empty_hook", "after_hook_ms")
+    first_work_ms = mid("ours", "first_work_ms") - mid("empty_hook", "first_work_ms")
+    new_modules = actors["ours"][-1]["modules"]
     return {
-        "added_ms": round(median(float(answer[1]) for answer in answers["ours"]), 2),
-        "added_cpu_ms": round(median(float(answer[3]) for answer in answers["ours"]), 2),
-        "start_difference_ms": round(starts["ours"] - starts["runtime_env"], 1),
-        "added_ms_no_runtime_env": round(starts["ours"] - starts["none"], 1),
-        **{f"start_ms_{kind}": round(value, 1) for kind, value in starts.items()},
+        "added_ms": round(hook_ms + after_hook_ms, 2),
+        "hook_ms": round(hook_ms, 2),
+        "after_hook_ms": round(after_hook_ms, 2),
+        "first_work_ms": round(first_work_ms, 2),
+        "added_cpu_ms": round(mid("ours", "cpu_ms") - mid("empty_hook", "cpu_ms"), 2),
+        "background_cpu_ms": round(mid("ours", "background_cpu_ms"), 2),
+        "start_difference_ms": round(mid("ours", "start_ms") - mid("runtime_env", "start_ms"), 1),
+        "added_ms_no_runtime_env": round(mid("ours", "start_ms") - mid("none", "start_ms"), 1),
+        **{f"start_ms_{kind}": round(mid(kind, "start_ms"), 1) for kind in KINDS},
+        **plain,
         "modules_of_ours": [name for name in new_modules if name.partition(".")[0] == "skyrl_otel"],
         "other_modules": [name for name in new_modules if name.partition(".")[0] != "skyrl_otel"],
         "rounds": rounds,
     }
+
+
+def _actors(root: Path, base: dict[str, str], ours: dict[str, str], rounds: int) -> dict[str, list[Any]]:
+    """What the actors of each kind answered."""
+    hooks = root / "timed_hooks.py"
+    hooks.write_text(TIMED_HOOKS)
+    cluster = _start(CLUSTER, [str(root / "ray")], base)
+    drivers: dict[str, subprocess.Popen[str]] = {}
+    try:
+        address = {"RAY_ADDRESS": _line(cluster)}
+        for kind in KINDS:
+            drivers[kind] = _start(DRIVER, [kind, str(hooks)], (ours if kind == "ours" else base) | address)
+        answers: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+        for kind in KINDS:
+            _ask(drivers[kind])  # the first start also fetches the package to the node
+        orders = list(permutations(KINDS))
+        for number in range(rounds):
+            for kind in orders[number * 7 % len(orders)]:  # 7 and 24 share no factor: each kind comes at each place
+                answers[kind].append(_ask(drivers[kind]))
+    finally:
+        for process in (*drivers.values(), cluster):
+            assert process.stdin and process.stdout
+            process.stdin.close()
+        for process in (*drivers.values(), cluster):
+            process.wait(60)
+    return answers
+
+
+def _plain(root: Path, base: dict[str, str], ours: dict[str, str], rounds: int) -> dict[str, float]:
+    """CPU time of `attach()` without Ray, and what the launcher's `sitecustomize` adds to a process that never attaches."""
+    inject = ROOT / "skyrl_otel" / "capture" / "inject"
+    injected = base | {"PYTHONPATH": f"{inject}:{ROOT}", "SKYRL_OTEL_LAUNCHER": "1"}
+    said = root / "attach_ms"
+    attach, bare, under_run = [], [], []
+    for _ in range(rounds):
+        _cpu_ms(ATTACH, ours, str(said))
+        attach.append(float(said.read_text()))
+        bare.append(_cpu_ms("", base))
+        under_run.append(_cpu_ms("", injected))
+    return {
+        "plain_attach_cpu_ms": round(median(attach), 2),
+        "plain_injected_cpu_ms": round(median(under_run) - median(bare), 2),
+    }
+
+
+def _cpu_ms(script: str, env: dict[str, str], *arguments: str) -> float:
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], env=env, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return (usage.ru_utime + usage.ru_stime) * 1000
 
 
 def _start(script: str, arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:

@@ -51,20 +51,28 @@ def _body_prefix(size: int) -> bytes:
     return b"\x2a" + varint(1 + len(varint(size)) + size) + b"\x0a" + varint(size)
 
 
-# Made at import, which each worker's start waits for: without a call for each.
-_VARINTS = [bytes((n,)) for n in range(128)] + [bytes((n & 127 | 128, n >> 7)) for n in range(128, 2048)]
-# By length: what precedes a body's text in a LogRecord, and a LogRecord in a ScopeLogs. Most records are short.
-BODY_PREFIXES = [
-    b"\x2a" + _VARINTS[1 + len(length) + size] + b"\x0a" + length for size, length in enumerate(_VARINTS[:1024])
-]
-RECORD_PREFIXES = [b"\x12" + length for length in _VARINTS]
+class _Prefixes(dict[int, bytes]):
+    """What precedes something of so many bytes, made when first asked for: all at import is 1 ms of each worker's start."""
+
+    def __init__(self, make: Callable[[int], bytes]) -> None:
+        self._make = make
+
+    def __missing__(self, size: int) -> bytes:
+        prefix = self[size] = self._make(size)
+        return prefix
+
+
+# What precedes a body's text in a LogRecord, and a LogRecord in a ScopeLogs, up to these sizes. Most records are short.
+SHORT_BODY, SHORT_RECORD = 1024, 2048
+BODY_PREFIXES = _Prefixes(_body_prefix)
+RECORD_PREFIXES = _Prefixes(lambda size: b"\x12" + varint(size))
 
 
 def body(text: str) -> bytes:
     """LogRecord.body; long texts are cut."""
     data = text.encode("utf-8", "replace")
     size = len(data)
-    if size < 1024:
+    if size < SHORT_BODY:
         return BODY_PREFIXES[size] + data
     if size > MESSAGE_BYTES:
         data = data[:MESSAGE_BYTES].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % size
@@ -97,7 +105,8 @@ def attribute(key: str, value: Any) -> bytes:
     return field(b"\x32", field(b"\x0a", key.encode("utf-8", "replace")) + field(b"\x12", encoded))
 
 
-_LENGTHS = _VARINTS[:1024]
+_SHORT_ATTRIBUTE = 1024
+_lengths = _Prefixes(varint)
 _MOST_KEYS = 4096
 _keys: dict[str, bytes] = {}
 
@@ -122,9 +131,13 @@ def attributes(values: Iterable[tuple[Any, Any]]) -> bytes:
             encoder = encoder or _Values()
             pair = encoded_key + field(b"\x12", encoder.encode(value, 0))
         size = len(pair)
+<<<<<<< HEAD
         parts.append(b"\x32" + (_LENGTHS[size] if size < 1024 else varint(size)) + pair)
     if len(parts) >= _ITEMS:
         parts.append(attribute("…", "what more there is was left out"))
+=======
+        parts.append(b"\x32" + (_lengths[size] if size < _SHORT_ATTRIBUTE else varint(size)) + pair)
+>>>>>>> attach
     return b"".join(parts)
 
 

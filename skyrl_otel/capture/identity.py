@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from skyrl_otel.capture import guard
-from skyrl_otel.config import RUN_ID_PATTERN, Config
+from skyrl_otel.config import Config, is_run_id
 
 Facts = dict[str, Any]
 
@@ -68,7 +68,7 @@ def _plain(name: str) -> str:
     plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in name)[
         :80
     ]
-    return plain if RUN_ID_PATTERN.fullmatch(plain) else secrets.token_hex(8)
+    return plain if is_run_id(plain) else secrets.token_hex(8)
 
 
 def _started(pid: int) -> str:

@@ -278,10 +278,25 @@ def _delivered(folder: WriterFolder) -> Position:
 
 def _high(descriptor: int) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for first in (_FIRST_NUMBER, 100, 10):
+    for first in (_first_number(), 100, 10):
         if soft == resource.RLIM_INFINITY or first < soft:
             try:
                 return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, first)
             except OSError:
                 continue
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def _first_number() -> int:
+    """The number to look from: `_FIRST_NUMBER`, or less where the kernel's table of descriptors would have to grow for it.
+
+    In a process with threads that waits 10 to 25 ms for an RCU grace period (Linux, fs/file.c: expand_fdtable), and the
+    start of each Ray worker would wait along.
+    """
+    try:
+        with open("/proc/self/status", "rb") as status:
+            fields = dict(line.split(b":", 1) for line in status)
+        room = int(fields[b"FDSize"])
+        return _FIRST_NUMBER if int(fields[b"Threads"]) == 1 else min(_FIRST_NUMBER, room * 3 // 4)
+    except (OSError, ValueError, KeyError):
+        return _FIRST_NUMBER

@@ -48,7 +48,7 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
     magic, write, modules, join = frames.MAGIC, os.write, sys.modules, b"".join
     log_record, long_body, more = logging.LogRecord, encode.body, _more
     body_prefixes, record_prefixes = encode.BODY_PREFIXES, encode.RECORD_PREFIXES
-    shortest, long_record = len(body_prefixes), len(record_prefixes)
+    long_text, long_record = encode.SHORT_BODY, encode.SHORT_RECORD
     missing = object()
     active_context: Callable[[], Any] | None = None
 
@@ -94,7 +94,7 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
             except UnicodeError:
                 text = message.encode("utf-8", "replace")
             size = len(text)
-            body = body_prefixes[size] + text if size < shortest else long_body(message)
+            body = body_prefixes[size] + text if size < long_text else long_body(message)
             thread = find_thread(record.thread)
             if thread is None or thread[0] != record.threadName:
                 thread = new_thread(record.thread, record.threadName)

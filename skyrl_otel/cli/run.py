@@ -33,9 +33,9 @@ def command(
 
       OTEL_EXPORTER_OTLP_ENDPOINT=http://gw:4318 skyrl-otel run -- python train.py      to your collector
     """
-    from skyrl_otel.config import RUN_ID_PATTERN
+    from skyrl_otel.config import is_run_id
     from skyrl_otel.terminal.run import main
 
-    if run_id and not RUN_ID_PATTERN.fullmatch(run_id):
+    if run_id and not is_run_id(run_id):
         fail(f"--run-id {run_id!r} is no plain name; use 1 to 80 letters, digits, '.', '_' or '-', not a dot first")
     raise typer.Exit(main(argv, run_id=run_id or None, log_dir=log_dir or None))

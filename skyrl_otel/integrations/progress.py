@@ -85,13 +85,24 @@ def framework_of(modules: Container[str]) -> Framework | None:
 def matches(name: str, globs: Sequence[str] = ()) -> bool:
     """Whether a task or an actor class of this name is progress, by the table or the user's globs."""
     short = name.rpartition(".")[2]
-    return any(fnmatchcase(candidate, glob) for glob in (*TABLE, *globs) for candidate in (name, short))
+    return any(_fits(candidate, glob) for glob in (*TABLE, *globs) for candidate in (name, short))
 
 
 def role_of(class_name: str) -> str | None:
     """The role of an actor by the name of its class, or None where nothing says so."""
     for glob, role in ROLES:
-        if fnmatchcase(class_name, glob):
+        if _fits(class_name, glob):
             return role
     words = {word.lower() for word in re.findall(_WORD, class_name)}
     return next((role for known, role in _WORDS if words & known), None)
+
+
+def _fits(name: str, glob: str) -> bool:
+    """`fnmatchcase`, which takes 0.1 ms for each new glob while an actor waits; the tables have stars at the ends only."""
+    core = glob.strip("*")
+    if any(letter in core for letter in "*?["):
+        return fnmatchcase(name, glob)
+    before, after = glob.startswith("*"), glob.endswith("*")
+    if before and after:
+        return core in name
+    return name.endswith(core) if before else name.startswith(core) if after else name == core

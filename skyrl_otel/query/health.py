@@ -7,7 +7,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -82,7 +82,7 @@ def check_endpoint(config: Config) -> Iterator[Finding]:
 def probe(shipping: Shipping, area: str) -> Finding:
     """Send an empty, valid request: it tells address, path, TLS and token at once and stores nothing."""
     began = time.monotonic()
-    client = connect(replace(shipping, timeout_s=min(shipping.timeout_s, _ANSWER_S)))
+    client = connect(shipping._replace(timeout_s=min(shipping.timeout_s, _ANSWER_S)))
     try:
         answer = client.post(b"")
     finally:

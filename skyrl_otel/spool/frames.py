@@ -13,15 +13,14 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAGIC = b"\xf5SO1"
 HEADER = struct.Struct("<4sII")
 MAX_PAYLOAD = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One whole frame: its payload and the byte range [start, end) it stands in, header included."""
 
     start: int
@@ -29,8 +28,7 @@ class Frame:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
+class Gap(NamedTuple):
     """Bytes [start, end) that are no frame, with a frame after them."""
 
     start: int

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class IdentityLine:
+class IdentityLine(NamedTuple):
     """`sizes` maps a file's name to (generation, size in bytes) at the moment of writing."""
 
     seq: int

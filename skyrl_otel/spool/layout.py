@@ -12,19 +12,23 @@ import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from skyrl_otel.config import RUN_ID_PATTERN
+from skyrl_otel.config import is_run_id
 
+<<<<<<< HEAD
 WRITER_FOLDER = re.compile(r"w-([0-9a-f]{32})")
 JOB_FILE = "job-"
 """Begins the name of the empty file of each Ray job of the run that has had a worker on this node; its id follows."""
+=======
+_WRITER_ID_LETTERS = 32
+_HEX = frozenset("0123456789abcdef")
+>>>>>>> attach
 
 # statfs(2) f_type, from linux/magic.h and the file systems' own sources: locks or punched holes do not hold there.
 _REMOTE = {
@@ -47,8 +51,7 @@ class SpoolRefused(Exception):
     """The spool cannot be used; the message says which path, why, and what to set instead."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunDir:
+class RunDir(NamedTuple):
     """The folder of one run on one node."""
 
     path: Path
@@ -99,9 +102,9 @@ class RunDir:
         except FileNotFoundError:
             return
         for name in names:
-            match = WRITER_FOLDER.fullmatch(name)
-            if match:
-                yield match[1], self.path / name
+            prefix, _, writer_id = name.partition("-")
+            if prefix == "w" and len(writer_id) == _WRITER_ID_LETTERS and _HEX.issuperset(writer_id):
+                yield writer_id, self.path / name
 
 
 def new_writer_id() -> str:
@@ -141,7 +144,7 @@ def open_run(root: Path, run_id: str) -> RunDir:
     Raises:
         SpoolRefused: see `ensure_private_dir`; or the run id is not a plain name.
     """
-    if not RUN_ID_PATTERN.fullmatch(run_id):
+    if not is_run_id(run_id):
         raise SpoolRefused(f"run id {run_id!r} is no plain name of 1 to 80 letters, digits, '.', '_', '-'")
     if not root.parent.is_dir():
         try:
@@ -165,7 +168,7 @@ def existing_runs(root: Path) -> list[RunDir]:
     except OSError:
         return []
     entries.sort(key=lambda entry: started_unix_nano(RunDir(Path(entry.path), entry.name)), reverse=True)
-    return [RunDir(Path(entry.path), entry.name) for entry in entries if RUN_ID_PATTERN.fullmatch(entry.name)]
+    return [RunDir(Path(entry.path), entry.name) for entry in entries if is_run_id(entry.name)]
 
 
 def write_run_file(run: RunDir, *, project: str, log_dir: str, argv: list[str]) -> None:

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from skyrl_otel.config import Config
-from skyrl_otel.spool import settings
 from skyrl_otel.spool.layout import RunDir, read_file, replace_file
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
-    """The launcher's listener for status reports."""
+class Control(NamedTuple):
+    """The launcher's listener for status reports. Shows its secret to nobody who prints it, as `Shipping`."""
 
     url: str
-    authorization: str = field(repr=False)
+    authorization: str
+
+    def __repr__(self) -> str:
+        return f"Control(url={self.url!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Shipping:
+class Shipping(NamedTuple):
     """All an agent needs to send. `endpoint` is the full URL of /v1/logs; `timeout_s` bounds one request; `redact` has the
     user's own rules, each [name, pattern, anchors]."""
 
     endpoint: str
-    headers: dict[str, str] = field(repr=False)
+    headers: dict[str, str]
     protocol: str = "http/protobuf"
     compression: str = "none"
     timeout_s: float = 10.0
-    redact: list[list[object]] = field(default_factory=list)
+    redact: tuple[list[object], ...] = ()
     certificate: str = ""
     client_key: str = ""
     client_certificate: str = ""
     control: Control | None = None
 
+    def __repr__(self) -> str:
+        return f"Shipping(endpoint={self.endpoint!r}, protocol={self.protocol!r}, control={self.control!r})"
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({**self._asdict(), "control": self.control and self.control._asdict()})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Shipping:
@@ -43,17 +46,20 @@ class Shipping:
         try:
             fields = json.loads(text)
             control = fields.pop("control", None)
-            return cls(**fields, control=Control(**control) if control else None)
+            redact = tuple(fields.pop("redact", ()))
+            return cls(**fields, redact=redact, control=Control(**control) if control else None)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"no shipping settings: {error}") from error
 
 
-def redaction(config: Config) -> list[list[object]]:
+def redaction(config: Config) -> tuple[list[object], ...]:
     """The user's redaction rules; none where the settings file cannot be read, which the launcher has said."""
+    from skyrl_otel.spool import settings  # workers read tokens and have no rules
+
     try:
-        return [list(item) for item in settings.read(config.settings_file).redact]
+        return settings.read(config.settings_file).redact
     except settings.SettingsError:
-        return []
+        return ()
 
 
 def from_config(config: Config, control: Control | None = None) -> Shipping | None:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from skyrl_otel.collector import node_ip
@@ -35,7 +34,7 @@ def main(run_path: str, log_dir: str) -> None:
     os.closerange(3, 65536)
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    config = replace(Config.from_env(), log_dir=Path(log_dir))
+    config = Config.from_env()._replace(log_dir=Path(log_dir))
     layout.ensure_private_dir(run.store)
     log = layout.open_file(run.store / "collector.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

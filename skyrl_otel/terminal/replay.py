@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _choose_receiver(run: RunDir, config: Config) -> Collector | None:
     shipping = token.from_config(config)
     if shipping is not None:
         known = token.read(run)
-        token.write(run, replace(shipping, control=known.control if known else None))
+        token.write(run, shipping._replace(control=known.control if known else None))
         return None
     known = token.read(run)
     if known is not None and (known.control is None or not _is_embedded(known)):

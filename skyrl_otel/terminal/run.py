@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from skyrl_otel.capture import identity
@@ -55,11 +55,10 @@ def main(
     except settings.SettingsError as error:
         say(f"{error}; nothing of it is used")
         os.environ.pop("SKYRL_OTEL_CONFIG", None)
-        config = replace(config, settings_file="")
+        config = config._replace(settings_file="")
     if config.settings_file:  # the collector has another working folder
         os.environ["SKYRL_OTEL_CONFIG"] = str(Path(config.settings_file).expanduser().absolute())
-    config = replace(
-        config,
+    config = config._replace(
         run_id=run_id or config.run_id,
         log_dir=Path(log_dir).expanduser().absolute() if log_dir else config.log_dir,
     )

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 HOOK = "skyrl_otel.integrations.ray.setup_worker"
 USER_HOOK_VARIABLE = "SKYRL_OTEL_USER_HOOK"
@@ -22,8 +21,7 @@ RAY_HOOK_VARIABLE = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 _ALONE = ("container", "image_uri")
 
 
-@dataclass(frozen=True, slots=True)
-class Addition:
+class Addition(NamedTuple):
     """What we add: the folder of our package, and environment variables without secrets."""
 
     package: str

@@ -12,7 +12,6 @@ import json
 from typing import Any
 
 from skyrl_otel.capture import guard
-from skyrl_otel.integrations.ray import merge
 
 _NAME = "parse_runtime_env_for_task_or_actor"
 
@@ -77,5 +76,6 @@ def _keep_alive(env: Any) -> None:
     elif (own_modules or contained) and "worker_process_setup_hook" not in env:
         # An empty name is no hook to Ray's default_worker.py; the job's own hook, where it is a name, takes its place.
         from skyrl_otel.config import Config
+        from skyrl_otel.integrations.ray import merge
 
         env["env_vars"] = {merge.RAY_HOOK_VARIABLE: Config.from_env().user_hook, **(env.get("env_vars") or {})}

@@ -16,7 +16,8 @@ from skyrl_otel.capture import fds, guard, identity, runtime
 from skyrl_otel.capture.runtime import Runtime
 from skyrl_otel.capture.stream import LineStream
 from skyrl_otel.config import Config
-from skyrl_otel.spool.layout import open_file
+from skyrl_otel.spool import locks
+from skyrl_otel.spool.layout import RunDir, open_file
 
 POINTER = "skyrl-otel: output of this actor is recorded"
 # A raylet that was started under `skyrl-otel run` hands these on; they are about another process's terminal.
@@ -25,6 +26,9 @@ _ACTOR, _TASK, _JOB = ":actor_name:", ":task_name:", ":job_id:"
 
 # How long the first worker on a node may wait for the cluster's key-value store, which answers in a millisecond.
 _KV_S = 1.0
+
+# A worker's start is over by then, as a rule.
+_REST_S = 0.2
 
 # After so many changes of task a worker stops saying which one it runs: identity files must not grow without bound.
 _MOST_TASK_CHANGES = 2000
@@ -103,7 +107,12 @@ def _follow_streams(running: Runtime) -> None:
     else:
         running.records_only(facts)
     running.start_recording()
-    running.watch.add("rest", Rest(running))
+    running.watch.add("rest", Rest(running), _REST_S if _is_looked_after(running.run) else 0.0)
+
+
+def _is_looked_after(run: RunDir) -> bool:
+    """Whether the node's agent is there and knows where to send, so that nothing waits for what `Rest` does."""
+    return os.path.exists(run.token) and locks.is_held(run.agent_lock)
 
 
 def _open_node(running: Runtime) -> None:
@@ -187,6 +196,7 @@ class Markers:
     def __init__(self, running: Runtime) -> None:
         self._running = running
         self._redirected = False
+        self._sees_overrides = False
         self._actor_id = ""
         self._task = ""
         self._task_changes = 0
@@ -194,18 +204,26 @@ class Markers:
     def __call__(self, stream: LineStream, text: str) -> bool:
         if not text.startswith((_ACTOR, _TASK, _JOB)) or not _is_rays_own(sys._getframe(2)):
             return False
-        from skyrl_otel.integrations.ray import overrides
-
         try:
-            if not text.startswith(_JOB):
-                overrides.may_ask()
             if text.startswith(_ACTOR):
+                self._watch_overrides()
                 self.enter_actor(text[len(_ACTOR) :].strip())
             elif text.startswith(_TASK):
+                self._watch_overrides()
                 self._enter_task(text[len(_TASK) :].strip())
         except Exception as error:
             guard.failed("ray.marker", error)
         return self._redirected
+
+    def _watch_overrides(self) -> None:
+        """Before the user's code runs, which may give actors of its own a runtime_env."""
+        if self._sees_overrides:
+            return
+        from skyrl_otel.integrations.ray import overrides
+
+        overrides.install()
+        overrides.may_ask()
+        self._sees_overrides = True
 
     def enter_actor(self, token_text: str | None) -> None:
         """The worker is an actor's from here on."""
