@@ -226,14 +226,16 @@ class Runtime:
             self._folders, self.folder = [], None
 
     def at_exit(self) -> None:
-        """Last words. Folders stay locked until the kernel closes them, so that what is printed later still counts."""
+        """Last words. Folders stay locked until the kernel closes them, so that what is printed later still counts.
+
+        Nothing is flushed here but our own streams: Python's and C's exit do that themselves, and wait for nobody's lock.
+        """
         for stream in self.streams():
             with guard.guarded("runtime.drain"):
                 stream.drain()
         if self.pid != os.getpid():
             return
         self.watch.stop()
-        fds.flush_buffers()
         with guard.guarded("runtime.losses"):
             self.recording.tell_losses()
         # An uncaught exception leaves its type behind; sys.exit(3) leaves nothing that could be read here.
