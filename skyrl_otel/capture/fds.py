@@ -7,6 +7,8 @@ import fcntl
 import os
 import stat
 import sys
+import time
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from skyrl_otel.capture import guard
@@ -115,7 +117,7 @@ def restore(saved: Saved) -> None:
 
 
 def flush_buffers() -> None:
-    """Push out what Python's and C's stdio hold, so that it lands where it was written to."""
+    """Push out what Python's streams and C's stdout and stderr hold, so that it lands where it was written to."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None:
             try:
@@ -123,7 +125,8 @@ def flush_buffers() -> None:
             except (OSError, ValueError):
                 continue
     with guard.guarded("fds.fflush"):
-        _libc.fflush(None)
+        for name in ("stdout", "stderr"):
+            _with_stdio(name, _libc.fflush)
 
 
 def line_buffer_stdio() -> None:
@@ -137,10 +140,28 @@ def line_buffer_stdio() -> None:
         if _stdio_buffer is None:
             _libc.malloc.restype = ctypes.c_void_p
             _stdio_buffer = _libc.malloc(_STDIO_BYTES)  # never freed: C's own exit still writes through it
-        stdout = ctypes.c_void_p.in_dll(_libc, "stdout")
-        _libc.setvbuf(stdout, ctypes.c_void_p(_stdio_buffer), _LINE_BUFFERED, ctypes.c_size_t(_STDIO_BYTES))
+        buffer, size = ctypes.c_void_p(_stdio_buffer), ctypes.c_size_t(_STDIO_BYTES)
+        _with_stdio("stdout", lambda stdout: _libc.setvbuf(stdout, buffer, _LINE_BUFFERED, size))
+
+
+def _with_stdio(name: str, action: Callable[[ctypes.c_void_p], object]) -> None:
+    """Call `action` with a stream of C's, unless another thread keeps its lock.
+
+    Everything in stdio waits for that lock, `fflush(NULL)` for those of all files; and a thread that reads or writes there
+    (Python's `input` on a terminal) holds it for as long as nobody types, or reads.
+    """
+    stream = ctypes.c_void_p.in_dll(_libc, name)
+    for _ in range(_LOCK_TRIES):
+        if _libc.ftrylockfile(stream) == 0:
+            try:
+                action(stream)
+            finally:
+                _libc.funlockfile(stream)
+            return
+        time.sleep(0.001)
 
 
 _libc = ctypes.CDLL(None)
 _STDIO_BYTES = 8192
+_LOCK_TRIES = 20
 _stdio_buffer: int | None = None

@@ -55,6 +55,8 @@ class Runtime:
         self._lock = threading.RLock()  # protects folder, _folders, _saved, _streams, facts
         self.recording = Recording(self._place_of_records, Levels(config.levels))
         self._records_of = ""
+        self.takes_records = False
+        self.is_attached = False
 
     def redirect(self, facts: Mapping[str, Any], last_words: Mapping[int, str] | None = None) -> WriterFolder:
         """Point fds 1 and 2 at a new folder of the spool.
@@ -132,8 +134,12 @@ class Runtime:
         self._records_of = folder.writer_id
         return folder
 
-    def start_recording(self) -> None:
-        """Take the records of `logging` and loguru from now on."""
+    def start_recording(self, *, attached: bool = True) -> None:
+        """Take the records of `logging` and loguru from now on. `attached` is False where nobody has asked for more yet."""
+        self.is_attached = self.is_attached or attached
+        if self.takes_records:
+            return
+        self.takes_records = True
         self.recording.start()
         self.watch.add("records", self._look_after_records, AGENT_CHECK_S)
 
@@ -144,7 +150,10 @@ class Runtime:
     def publish(self, changes: Mapping[str, Any]) -> None:
         """Say something new about this process from here on. Raises OSError."""
         with self._lock:
-            if self.folder is None or self.pid != os.getpid():
+            if self.pid != os.getpid():
+                return
+            if self.folder is None:
+                self.facts.update(changes)  # for the folder to come
                 return
             news = {key: value for key, value in changes.items() if self.facts.get(key) != value}
             if news:
@@ -227,7 +236,10 @@ class Runtime:
             self._folders, self.folder = [], None
 
     def at_exit(self) -> None:
-        """Last words. Folders stay locked until the kernel closes them, so that what is printed later still counts."""
+        """Last words. Folders stay locked until the kernel closes them, so that what is printed later still counts.
+
+        Nothing is flushed here but our own streams: Python's and C's exit do that themselves, and wait for nobody's lock.
+        """
         for stream in self.streams():
             with guard.guarded("runtime.drain"):
                 stream.drain()
@@ -236,7 +248,6 @@ class Runtime:
         if self.pid != os.getpid():
             return
         self.watch.stop()
-        fds.flush_buffers()
         # An uncaught exception leaves its type behind; sys.exit(3) leaves nothing that could be read here.
         code = 1 if getattr(sys, "last_type", None) is not None else None
         for folder in self._folders:
@@ -260,27 +271,29 @@ def current() -> Runtime | None:
     return _runtime if _runtime is not None and _runtime.pid == os.getpid() else None
 
 
-def start(config: Config, run_id: str) -> Runtime | None:
+def start(config: Config, run_id: str, *, quietly: bool = False) -> Runtime | None:
     """Open the run's spool folder and become this process's runtime; None, and one line for the user, where it cannot be.
 
-    Idempotent: a second call returns the first one's runtime.
+    Idempotent: a second call returns the first one's runtime. `quietly`: without that line.
     """
     global _runtime
     with _lock:
         running = current()
         if running is not None:
             return running
-        for problem in config.problems:
-            guard.say(problem)
+        if not config.launched:  # else the launcher has said it
+            for problem in config.problems:
+                guard.say(problem)
+        say = _silence if quietly else guard.say
         try:
             run = layout.open_run(config.spool_root, run_id)
             if not os.path.exists(run.agent_lock):
                 layout.check_disk(config.spool_root, allow_tmpfs=config.allow_tmpfs)
         except SpoolRefused as refused:
-            guard.say(f"output is not recorded: {refused}")
+            say(f"output is not recorded: {refused}")
             return None
         except OSError as error:
-            guard.say(f"output is not recorded: {config.spool_root}: {error.strerror}")
+            say(f"output is not recorded: {config.spool_root}: {error.strerror}")
             return None
         if _runtime is None:
             atexit.register(_at_exit)
@@ -291,8 +304,41 @@ def start(config: Config, run_id: str) -> Runtime | None:
         return _runtime
 
 
+def _silence(_: str) -> None:
+    pass
+
+
 def _recording() -> Recording | None:
     return _runtime.recording if _runtime is not None else None
+
+
+@guard.never_raises
+def take_records() -> None:
+    """For a process under `run` that nobody has called `attach()` in: its output is the launcher's, its records are its own.
+
+    At the first record (`inject/sitecustomize.py`), and in a driver once it has a cluster. Says nothing, whatever happens:
+    the program did not ask for us, and what is not taken here the launcher records as text.
+    """
+    with _lock:
+        config = Config.from_env()
+        if config.disabled or config.capture == "off":
+            return
+        running = start(config, identity.run_id(config), quietly=True)
+        if running is None or running.takes_records:
+            return
+        if running.folder is None:
+            facts = {"channel": "progress", **running.facts, **_process_facts(config)}
+            # How the command ended is for the launcher to tell; a child of it may be killed in passing. Not so a rank.
+            is_rank = "rank" in facts
+            running.records_only({"role": "trainer" if is_rank else "driver", "silent_end": not is_rank, **facts})
+        running.start_recording(attached=False)
+        running.look_after()
+
+
+def watch_records(name: str, path: Any, target: Any) -> Any:
+    """For `inject/sitecustomize.py`, in the middle of loguru's first import."""
+    take_records()
+    return sys.meta_path[0].find_spec(name, path, target)
 
 
 @guard.never_raises
@@ -358,7 +404,7 @@ def attach(role: str | None = None, rank: int | None = None, channel: Channel | 
     stated: identity.Facts = {key: value for key, value in given.items() if value is not None}
     with _lock:
         running = current()
-        if running is not None:
+        if running is not None and running.is_attached:
             running.publish(stated)
             return
         config = Config.from_env()
@@ -376,9 +422,10 @@ def _attach_process(config: Config, stated: identity.Facts) -> None:
     running = start(config, run_id)
     if running is None:
         return
-    os.environ["SKYRL_OTEL_RUN_ID"] = run_id  # children and Ray's workers belong to this run
-    ranks = {**identity.rank_facts(), **stated}
-    rank = ranks.get("rank")
+    os.environ["SKYRL_OTEL_RUN_ID"] = running.run.run_id  # children and Ray's workers belong to this run
+    known = {key: value for key, value in running.facts.items() if key != "silent_end"}
+    facts = {**known, **_process_facts(config), **stated}
+    rank = facts.get("rank")
     around = Surroundings(
         stdout=fds.kind(fds.STDOUT),
         stderr=fds.kind(fds.STDERR),
@@ -387,8 +434,7 @@ def _attach_process(config: Config, stated: identity.Facts) -> None:
         notebook="ipykernel" in sys.modules,
     )
     what, sentence = plan(config, around)
-    channel = "infra" if what == "redirect" else "progress"
-    facts = {**identity.process_facts(config), "channel": channel, **ranks}
+    facts["channel"] = "infra" if what == "redirect" else "progress"
     if "role" not in facts:
         facts["role"] = "trainer" if around.rank is not None else "driver"
     try:
@@ -403,6 +449,10 @@ def _attach_process(config: Config, stated: identity.Facts) -> None:
     running.look_after()
 
 
+def _process_facts(config: Config) -> identity.Facts:
+    return {**identity.process_facts(config), **identity.rank_facts()}
+
+
 def _bring_shipping(config: Config, running: Runtime) -> None:
     if config.launched:
         return
@@ -415,9 +465,11 @@ def _bring_shipping(config: Config, running: Runtime) -> None:
 
 
 def _capture(running: Runtime, what: Plan, facts: identity.Facts) -> None:
+    early = running.folder  # a handler's, or the launcher's for a program that had not asked for us yet
     if what == "redirect":
         running.redirect(facts)
         running.install_streams()
+        _silence_end(early)
         return
     places: dict[str, tuple[fds.Place, int]] = {}
     if what == "follow":
@@ -427,8 +479,16 @@ def _capture(running: Runtime, what: Plan, facts: identity.Facts) -> None:
                 places[name] = (found, found.size)
     if places:
         running.follow(places, facts, skip_markers=False)
+        _silence_end(early)
+    elif early is not None:
+        running.publish({**facts, "silent_end": False})
     else:
         running.records_only(facts)
+
+
+def _silence_end(folder: WriterFolder | None) -> None:
+    if folder is not None:
+        folder.publish({"silent_end": True})  # the process ends once, in its other folder
 
 
 def install_integrations() -> None:

@@ -34,10 +34,13 @@ def install(take: Take, console: Console) -> None:
     """Take from now on. A second call changes nothing."""
     if _installed:
         return
-    _installed["logger"] = logging.Logger.__dict__.get("filter")
+    # Under `run` somebody keeps this place for us: `inject/sitecustomize.py`.
+    keeper: Any = logging.Logger.filter
+    kept = getattr(keeper, "stands_for", None)
+    _installed["logger"] = kept[0] if kept else logging.Logger.__dict__.get("filter")
     _installed["handler"] = logging.Handler.__dict__.get("filter")
     _installed["last"] = logging._StderrHandler.__dict__.get("stream")  # type: ignore[attr-defined]
-    logger_filter = logging.Logger.filter
+    logger_filter = kept[1] if kept else logging.Logger.filter
     handler_filter = logging.Handler.filter
     failed = guard.failed
     is_plain = logger_filter is logging.Filterer.filter
@@ -75,6 +78,8 @@ def install(take: Take, console: Console) -> None:
     last_type = logging._StderrHandler  # type: ignore[attr-defined]
     logging.Logger.filter = filter_of_logger  # type: ignore[method-assign, assignment]
     logging.Handler.filter = filter_of_handler  # type: ignore[method-assign, assignment]
+    if kept:
+        keeper.taken_over = True
     last_type.stream = property(lambda self: console.stand_in(sys.stderr) or sys.stderr)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.capture.conftest import ROOT, environment, written
+from tests.capture.frames import taken
 
 
 @pytest.fixture
@@ -27,9 +28,47 @@ def run(lib: Path, spool: Path, script: str, *path: Path, argv: tuple[str, ...] 
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def test_it_imports_nothing_of_ours_into_a_plain_program(lib: Path, spool: Path) -> None:
-    script = "import sys; print([name for name in sys.modules if name.startswith('skyrl_otel')])"
-    assert run(lib, spool, script) == "[]\n"
+def test_it_imports_nothing_of_ours_into_a_program_that_logs_nothing(lib: Path, spool: Path) -> None:
+    script = (
+        "import sys; print([name for name in sys.modules if name.startswith('skyrl_otel')], 'typing' in sys.modules)"
+    )
+    assert run(lib, spool, script) == "[] False\n"
+    script = "import logging; logging.getLogger().debug('below its level');" + script
+    assert run(lib, spool, script) == "[] False\n"
+    assert written(spool) == []
+
+
+def test_logging_looks_as_ever_once_it_is_imported(lib: Path, spool: Path) -> None:
+    script = """
+import logging
+assert type(logging.__spec__.loader).__name__ == "SourceFileLoader" and not vars(logging.__loader__).get("exec_module")
+assert logging.getLogger("x").filter(logging.LogRecord("x", 20, "path", 1, "asked by hand", (), None))
+import skyrl_otel; skyrl_otel.detach()
+assert "filter" not in vars(logging.Logger)
+"""
+    assert run(lib, spool, script) == ""
+
+
+def test_where_nothing_is_recorded_logging_is_left_alone(lib: Path, spool: Path) -> None:
+    script = "import logging; logging.warning('seen'); print('filter' in vars(logging.Logger))"
+    assert run(lib, spool, script, SKYRL_OTEL_CAPTURE="off") == "False\n"
+    spool.chmod(0o755)  # a spool that is refused
+    assert run(lib, spool, script) == "False\n"
+
+
+def test_a_record_within_our_own_imports_waits_for_nothing(lib: Path, spool: Path) -> None:
+    script = """
+import logging, signal, sys, threading
+class Noisy:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("skyrl_otel"):
+            logging.warning("within")
+sys.meta_path.insert(0, Noisy())
+logging.warning("first")
+"""
+    run(lib, spool, script)
+    bodies = [record.body for folder in written(spool) for record in taken(folder.path)]
+    assert bodies.count("first") == 1 and set(bodies) <= {"first", "within"}
 
 
 def test_the_next_sitecustomize_runs_too_and_its_error_is_its_own(lib: Path, spool: Path, tmp_path: Path) -> None:
@@ -60,7 +99,7 @@ def test_rays_own_processes_are_left_alone(lib: Path, spool: Path, tmp_path: Pat
     program.write_text(
         "import sys; print([type(f).__name__ for f in sys.meta_path], getattr(sys.meta_path[0], '__name__', ''))"
     )
-    assert "_BeforeRay" not in run(lib, spool, "", argv=(str(program),), RANK="1")
+    assert "_Before" not in run(lib, spool, "", argv=(str(program),), RANK="1")
     assert written(spool) == []
 
 
@@ -100,5 +139,6 @@ def test_torchrun_on_one_node(lib: Path, spool: Path, tmp_path: Path) -> None:
     )
     argv = ("-m", "torch.distributed.run", "--nproc-per-node", "3", str(program))
     assert run(lib, spool, "", argv=argv) == "rank 0 of 3\n"
-    found = {w.facts["rank"]: (w.text(), w.facts["world_size"], w.facts["role"]) for w in written(spool)}
+    ranks = [w for w in written(spool) if w.facts.get("rank")]  # not rank 0, nor torchrun, which may log
+    found = {w.facts["rank"]: (w.text(), w.facts["world_size"], w.facts["role"]) for w in ranks}
     assert found == {n: (f"rank {n} of 3\n".encode(), 3, "trainer") for n in (1, 2)}

@@ -163,6 +163,63 @@ def test_invariant_1_the_exit_is_not_delayed(host: Host) -> None:
     assert min(delays) < 0.1
 
 
+KEEP = """
+import ctypes, os, threading, time
+libc = ctypes.CDLL(None)
+kept = [ctypes.c_void_p.in_dll(libc, name) for name in {streams}]
+held = threading.Event()
+def keep():
+    for stream in kept: libc.flockfile(stream)
+    held.set(); libc.getc(ctypes.c_void_p.in_dll(libc, "stdin"))
+threading.Thread(target=keep, daemon=True).start(); held.wait()
+"""
+
+
+@pytest.mark.parametrize("channel", ["infra", "progress"])
+@pytest.mark.parametrize("streams", [("stdin",), ("stdin", "stdout", "stderr")])
+def test_invariant_1_a_native_thread_within_stdio_holds_up_nothing(
+    host: Host, channel: str, streams: tuple[str, ...]
+) -> None:
+    """It keeps the lock of its FILE until somebody writes to us: neither attach and detach nor our part of the exit waits."""
+    # With stdout's lock taken Python's own exit never ends: it calls fflush(stdout) behind the exit handlers.
+    end = "" if len(streams) == 1 else "import atexit; atexit._run_exitfuncs(); os._exit(0)"
+    attach = f"skyrl_otel.attach(channel={channel!r})"
+    reader, writer = os.pipe()
+    try:
+        host(
+            KEEP.format(streams=streams)
+            + f"import skyrl_otel; {attach}; skyrl_otel.detach(); {attach}; print('printed')\n{end}",
+            stdin=reader,
+            timeout=20,
+        )
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_invariant_1_a_thread_in_input_does_not_keep_the_process(spool: Path) -> None:
+    script = """
+import ctypes, sys, threading
+threading.Thread(target=input, daemon=True).start()
+libc = ctypes.CDLL(None); stdin = ctypes.c_void_p.in_dll(libc, "stdin")
+while libc.ftrylockfile(stdin) == 0: libc.funlockfile(stdin)
+"""
+    master, slave = os.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-c", "import skyrl_otel; skyrl_otel.attach()\n" + script],
+            env=environment(spool),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            check=True,
+            timeout=20,
+        )
+    finally:
+        os.close(slave)
+        os.close(master)
+
+
 def test_attach_twice_is_once_and_detach_puts_everything_back(host: Host, spool: Path) -> None:
     done = host(
         """

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capture.frames import taken
 from tests.ray.conftest import POINTER_TEXT, Cluster, Driver, Ran
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
@@ -265,3 +266,40 @@ print(json.dumps([environ, cmdline, token.read(run).headers, os.environ["OTEL_EX
     for path in cluster.logs.rglob("*"):
         if path.is_file():
             assert b"s3cr3t-value" not in path.read_bytes(), path
+
+
+def test_a_drivers_own_records_are_taken_and_say_whose_job_it_is(driver: Driver) -> None:
+    ran = driver(
+        """
+        import logging, sys
+        logging.basicConfig(level="INFO", stream=sys.stdout, format="%(name)s %(message)s")
+        log = logging.getLogger("train")
+        log.info("before ray", extra={"step": 1})
+        import ray
+        ray.init()
+        from loguru import logger
+        log.info("with ray", extra={"step": 2}); logger.warning("by loguru")
+        @ray.remote
+        class Policy:
+            def work(self): logging.getLogger("policy").warning("in an actor")
+        ray.get(Policy.remote().work.remote())
+        ray.shutdown()
+        log.info("after ray")
+        """
+    )
+    assert [line for line in ran.stdout.splitlines() if line.startswith("train ")] == [
+        "train before ray",
+        "train with ray",
+        "train after ray",
+    ]
+    [own] = [w for w in ran.writers if w.facts.get("role") == "driver"]
+    assert own.facts["channel"] == "progress" and own.facts["job_id"] and own.facts["node_id"]
+    bodies = [(r.scope, r.body, r.attributes.get("step")) for r in taken(own.path) if not r.scope.startswith("ray")]
+    assert bodies == [
+        ("train", "before ray", 1),
+        ("train", "with ray", 2),
+        ("__main__", "by loguru", None),
+        ("train", "after ray", None),
+    ]
+    everywhere = [r.body for w in ran.writers for r in taken(w.path)]
+    assert everywhere.count("in an actor") == 1

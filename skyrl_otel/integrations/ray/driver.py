@@ -266,6 +266,8 @@ def _after_init(run: RunDir) -> None:
     import ray._private.worker as ray_worker
 
     _served.add(run.run_id)
+    if running.config.launched:
+        runtime.take_records()  # also of a driver that has logged nothing yet: its folder says which job it is
     own_session = bool(getattr(ray_worker._global_node, "head", False))
     config = running.config
     worker = ray_worker.global_worker
