@@ -131,13 +131,9 @@ def attributes(values: Iterable[tuple[Any, Any]]) -> bytes:
             encoder = encoder or _Values()
             pair = encoded_key + field(b"\x12", encoder.encode(value, 0))
         size = len(pair)
-<<<<<<< HEAD
-        parts.append(b"\x32" + (_LENGTHS[size] if size < 1024 else varint(size)) + pair)
+        parts.append(b"\x32" + (_lengths[size] if size < _SHORT_ATTRIBUTE else varint(size)) + pair)
     if len(parts) >= _ITEMS:
         parts.append(attribute("…", "what more there is was left out"))
-=======
-        parts.append(b"\x32" + (_lengths[size] if size < _SHORT_ATTRIBUTE else varint(size)) + pair)
->>>>>>> attach
     return b"".join(parts)
 
 

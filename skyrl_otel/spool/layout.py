@@ -21,14 +21,11 @@ from typing import NamedTuple
 
 from skyrl_otel.config import is_run_id
 
-<<<<<<< HEAD
-WRITER_FOLDER = re.compile(r"w-([0-9a-f]{32})")
 JOB_FILE = "job-"
 """Begins the name of the empty file of each Ray job of the run that has had a worker on this node; its id follows."""
-=======
+
 _WRITER_ID_LETTERS = 32
 _HEX = frozenset("0123456789abcdef")
->>>>>>> attach
 
 # statfs(2) f_type, from linux/magic.h and the file systems' own sources: locks or punched holes do not hold there.
 _REMOTE = {

@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from skyrl_otel.config import RUN_ID_PATTERN
+from skyrl_otel.config import is_run_id
 from skyrl_otel.spool import library, locks
 from skyrl_otel.spool.layout import JOB_FILE, RunDir, existing_runs
 
@@ -102,7 +102,7 @@ def _bury(grave: Path, *, untouched: bool) -> None:
     run_id = grave.name.removeprefix(_GRAVE).rpartition(".")[0]
     if not untouched or _holds_lines(grave) or _is_kept(grave / "lib"):
         for name in (run_id, f"{run_id[:60]}.{secrets.token_hex(4)}"):
-            if RUN_ID_PATTERN.fullmatch(name):
+            if is_run_id(name):
                 with contextlib.suppress(OSError):  # a new one of that name has begun
                     os.rename(grave, grave.with_name(name))
                     return
