@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,3 +244,47 @@ def test_the_next_launcher_of_a_run_ends_the_collector_of_one_that_was_killed(si
     site.run("echo", "second", SKYRL_OTEL_RUN_ID="again")
     assert "second" in site.bodies()
     assert not locks.is_held(site.root / "again" / "store" / "lock")
+
+
+@pytest.mark.parametrize("kind", ["unreachable", "wrong token"])
+def test_an_endpoint_that_takes_nothing_is_one_line_and_the_command_is_unharmed(site: Site, kind: str) -> None:
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(401)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port if kind == "wrong token" else 9
+        done = site.run(
+            *("sh", "-c", "echo out; exit 3"),
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
+            SKYRL_OTEL_DRAIN_S="2",
+        )
+        server.shutdown()
+    assert (done.returncode, done.stdout) == (3, "out\n")
+    why = {"unreachable": "Connection refused", "wrong token": "401 Unauthorized; check OTEL_EXPORTER_OTLP_HEADERS"}
+    assert [line for line in done.stderr.splitlines() if why[kind] in line and "skyrl-otel replay" in line]
+    assert done.stderr.count("skyrl-otel: ") == 2  # what was delivered, and why the rest was not
+
+
+def test_torchrun_as_it_is(site: Site) -> None:
+    program = site.cwd / "train.py"
+    program.write_text(
+        "import os\nfor i in range(50): print('rank', os.environ['RANK'], 'line', i, flush=True)\n", encoding="utf-8"
+    )
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    done = site.run(torchrun, "--standalone", "--nproc-per-node", "2", str(program))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(f"rank 0 line {i}\n" for i in range(50))
+    found = [record for record in site.logs() if str(record["body"]).startswith("rank ")]
+    assert sorted(str(record["body"]) for record in found) == sorted(
+        f"rank {rank} line {i}" for rank in range(2) for i in range(50)
+    )
+    other = [record["resource"] for record in found if "rank 1 " in str(record["body"])]
+    assert {(owner["skyrl.rank"], owner["skyrl.channel"]) for owner in other} == {(1, "infra")}
