@@ -10,7 +10,7 @@ from skyrl_otel.agent.textfile import Move
 from skyrl_otel.agent.writer import EVENT_SCOPE, Writer
 
 BATCH_BYTES = 1 << 20
-_FILE_BYTES = 256 << 10
+_FILE_BYTES = 512 << 10
 _LOW_WATER_KEYS = 64
 """Keys of the low-water header in one request: 64 of at most 62 bytes stay below 4 KB."""
 _WRITER_KEYS = 4
@@ -101,6 +101,6 @@ def _fill(part: Batch, writer: Writer, budget: int) -> None:
         for section in sections:
             scopes.setdefault(section.identity_seq, []).append(otlp.scope_logs(section.scope, section.records))
             size += section.size
-            part.records += len(section.records)
+            part.records += section.count
     writer.flush()
     part.body = b"".join(otlp.resource_logs(writer.resource(seq), encoded) for seq, encoded in scopes.items())

@@ -45,13 +45,19 @@ class Context(NamedTuple):
     lag: int
 
 
+class Odd(Exception):
+    """A block is not just whole lines of which each is one process's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Records of one file under one identity and scope, in order; `size` is their bytes."""
+    """Records of one file under one identity and scope, in order. `records` are `count` of them, one or more in each bytes
+    object; `size` is their bytes."""
 
     identity_seq: int
     scope: bytes
     records: tuple[bytes, ...]
+    count: int
     size: int
 
 
@@ -71,16 +77,27 @@ class Learned(NamedTuple):
     end: int
     stop: bytes
     scope: bytes
-    prefixed: int
     time: int
     holds: tuple[int, int]
     fields: bytes
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
+    """Records that will be a `Section`; `counts` says how many each bytes object holds."""
+
     identity: int
     scope: bytes
     records: list[bytes]
+    counts: list[int]
+
+    def add(self, records: bytes, count: int = 1) -> None:
+        """Put these behind the others."""
+        self.records.append(records)
+        self.counts.append(count)
+
+    def upto(self, size: int) -> Group:
+        """The first `size` bytes objects of it."""
+        return Group(self.identity, self.scope, self.records[:size], self.counts[:size])
 
 
 class _Place(NamedTuple):
@@ -111,7 +128,6 @@ class Block:
         skip_markers: bool,
         redactor: Redactor,
     ) -> None:
-        self.prefixes = 0
         self.has_forgotten = False
         self._recogniser = recogniser
         self._prefix = prefix
@@ -123,7 +139,7 @@ class Block:
         self._cuts = cuts
         self._skip_markers = skip_markers
         self._redactor = redactor
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._open: dict[bytes, Event] = {}
         self._places: dict[bytes, _Place] = {}
 
@@ -139,14 +155,14 @@ class Block:
             self._children = remembered(self._children, child)
             self.has_forgotten = self.has_forgotten or len(self._children) == before
 
-    def records_for(self, identity: int, scope: bytes) -> list[bytes]:
-        """The list that takes the next records of that identity and scope."""
+    def group(self, identity: int, scope: bytes) -> Group:
+        """What takes the next records of that identity and scope."""
         if self._groups:
             last = self._groups[-1]
             if last.identity == identity and last.scope == scope:
-                return last.records
-        self._groups.append(_Group(identity, scope, []))
-        return self._groups[-1].records
+                return last
+        self._groups.append(Group(identity, scope, [], []))
+        return self._groups[-1]
 
     # -- lines ---------------------------------------------------------------------------------------------------------
 
@@ -176,10 +192,8 @@ class Block:
             return None
         if not header.believed or header.grain != LATE_GRAIN:
             return None
-        size, prefixed = header.end + len(key), int(child is not None)
-        return Learned(
-            header.matcher, size, header.format.stop, header.static.scope, prefixed, header.time, header.holds, fields
-        )
+        size, scope = header.end + len(key), header.static.scope
+        return Learned(header.matcher, size, header.format.stop, scope, header.time, header.holds, fields)
 
     def piece(self, piece: Piece, context: Context, *, begins: bool) -> None:
         """A line, a part of one or a torn one; `begins`: it is the first of its line."""
@@ -237,10 +251,10 @@ class Block:
         if header is None:
             # The shape that collector/wire.py reads without a decoder.
             attributes = fields + _uid(b"%b%d-%d" % (self._prefix, start, end)) + extra
-            self.records_for(context.identity, TEXT_SCOPE).append(otlp.text_record(moment, message, attributes))
+            self.group(context.identity, TEXT_SCOPE).add(otlp.text_record(moment, message, attributes))
             return
         record = self._record(header.time + end % header.grain, fields, message, start, end, extra, moment)
-        self.records_for(context.identity, header.static.scope).append(record)
+        self.group(context.identity, header.static.scope).add(record)
 
     def _record(
         self, time: int, fields: bytes, body: bytes, start: int, end: int, extra: bytes, observed: int
@@ -250,7 +264,8 @@ class Block:
         if opening is None:
             opening = b"\x2a%b\x0a%b" % (otlp.varint(1 + len(otlp.varint(size)) + size), otlp.varint(size))
         uid = _uid(b"%b%d-%d" % (self._prefix, start, end))
-        rest = b"%b%b%b%b%b%b" % (times(b"\x09", time, b"\x59", observed), fields, opening, body, uid, extra)
+        # `Fast` writes these in the same order: what goes with a body's size, with a header, with a line.
+        rest = b"%b%b%b%b%b%b" % (opening, body, fields, uid, extra, times(b"\x09", time, b"\x59", observed))
         total = len(rest)
         return b"\x12" + (otlp.LENGTHS[total] if total < len(otlp.LENGTHS) else otlp.varint(total)) + rest
 
@@ -278,9 +293,9 @@ class Block:
         if header is None or not header.static.severity:
             fields = (_ERROR if event.is_error else b"") + fields
         scope = TEXT_SCOPE if header is None else header.static.scope
-        records = self.records_for(context.identity, scope)
-        place = _Place(len(self._groups) - 1, len(records), self._children, fields, event.mark)
-        records.append(b"")
+        group = self.group(context.identity, scope)
+        place = _Place(len(self._groups) - 1, len(group.records), self._children, fields, event.mark)
+        group.add(b"")
         self._open[key], self._places[key] = event, place
 
     def _expire(self, start: int, mark: int) -> None:
@@ -320,15 +335,14 @@ class Block:
         if waits:
             key = min(self._open, key=lambda key: self._open[key].start)
             place, end = self._places[key], self._open[key].start
-            last = groups[place.group]
-            groups = [*groups[: place.group], last._replace(records=last.records[: place.at])]
+            groups = [*groups[: place.group], groups[place.group].upto(place.at)]
             children = place.children
         claimed = [taken for began, taken in self._taken if began < end and taken[1] > end]
         claimed += [taken for taken in self._claimed if taken[1] > end]
         sections = [
-            Section(group.identity, group.scope, tuple(group.records), sum(map(len, group.records)))
-            for group in groups
-            if group.records
+            Section(identity, scope, tuple(records), sum(counts), sum(map(len, records)))
+            for identity, scope, records, counts in groups
+            if records
         ]
         return Result(sections, end, State(0, children, False, claimed=tuple(sorted(claimed))), waits)
 

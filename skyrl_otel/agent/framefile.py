@@ -204,14 +204,14 @@ class FrameFile(TextFile):
                 index += 1
             if current != (starts[index][1], scope):
                 if current is not None:
-                    sections.append(Section(*current, tuple(records), size))
+                    sections.append(Section(*current, tuple(records), len(records), size))
                 current, records, size = (starts[index][1], scope), [], 0
             record += otlp.uid_attribute(f"{prefix}{frame.start}-{frame.end}".encode())
             record = b"\x12" + otlp.varint(len(record)) + record
             records.append(record)
             size += len(record)
         if current is not None:
-            sections.append(Section(*current, tuple(records), size))
+            sections.append(Section(*current, tuple(records), len(records), size))
         return sections
 
     # -- after the answer ----------------------------------------------------------------------------------------------

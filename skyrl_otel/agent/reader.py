@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 from skyrl_otel.agent import assemble
 from skyrl_otel.agent.assemble import Piece, State
-from skyrl_otel.agent.block import Block, Context, Result
+from skyrl_otel.agent.block import Block, Context, Odd, Result
 from skyrl_otel.agent.events import TRIGGER
 from skyrl_otel.agent.fast import Fast
+from skyrl_otel.agent.find import has
 from skyrl_otel.agent.recognise import Recogniser
 from skyrl_otel.agent.redact import Redactor
 from skyrl_otel.spool.decisions import Decision
@@ -35,10 +36,6 @@ class View(NamedTuple):
     zones: Sequence[Decision]
     echoes: Sequence[Decision] = ()
     """Where echoes begin and end there are cuts."""
-
-
-class _Odd(Exception):
-    """This block is not just whole lines."""
 
 
 @lru_cache(1)
@@ -90,10 +87,9 @@ class Reader:
         result = None
         end = data.rfind(b"\n") + 1
         if end and not state.part and not state.tears and _cuts_between_lines(data, base, view.cuts):
-            end = _bounded(data, end, most)
             lines, masked = self._redactor.lines(data if end == len(data) else data[:end])
             if not any(b" pid=" in data[low:high] for low, high in masked):  # what children there are the bytes say
-                result = self._whole_lines(lines, base, state, view, one)
+                result = self._whole_lines(lines, base, state, view, most, one)
         if result is None:
             self._fast.clear()
             result = self._pieces(data, base, state, view, most, one)
@@ -114,62 +110,55 @@ class Reader:
 
     # -- whole lines ---------------------------------------------------------------------------------------------------
 
-    def _whole_lines(self, data: bytes, base: int, state: State, view: View, one: bool) -> Result | None:
+    def _whole_lines(self, data: bytes, base: int, state: State, view: View, most: int, one: bool) -> Result | None:
         plain = _is_plain(data)
         fast = self._may_be_fast and plain and not state.claimed and not one
-        result = self._lines(data, base, state, view, plain=plain, fast=fast, one=one)
-        if result is None and fast:
-            result = self._lines(data, base, state, view, plain=plain, fast=False, one=one)
-        return result
+        try:
+            return self._lines(data, base, state, view, most, plain=plain, fast=fast, one=one)
+        except Odd:
+            return None
 
     def _lines(
-        self, data: bytes, base: int, state: State, view: View, *, plain: bool, fast: bool, one: bool
-    ) -> Result | None:
-        """Read whole lines; None if some line is torn, too long, or may be, so that another way is to be taken."""
+        self, data: bytes, base: int, state: State, view: View, most: int, *, plain: bool, fast: bool, one: bool
+    ) -> Result:
+        """Read whole lines. Raises Odd if some line is torn, too long, or may be, so that another way is to be taken."""
         block = self._block(base, state, view)
         quick = self._fast if fast else None
-        hits = 0
         position = base
-        try:
-            for low, high, context, common in _past_echoes(_ranges(data, len(data), base, view, fast), view, base):
-                lines = iter(data[low:high].split(b"\n")[:-1])
-                if context is None:
-                    for line in lines:
-                        _refuse_odd(line, block)
-                    position = base + high
-                    continue
-                while True:
-                    if quick is not None and common and not block.is_open:
-                        missed, stopped, count = quick.take(lines, position, context, block)
-                        position, hits = stopped, hits + count
-                        if missed is None:
-                            break
-                        line = missed
-                    else:
-                        following = next(lines, None)
-                        if following is None:
-                            break
-                        line = following
-                    after = position + len(line) + 1
+        for low, high, context, common in _past_echoes(_ranges(data, len(data), base, view, fast), view, base):
+            if context is None:
+                for line in data[low:high].split(b"\n"):
                     _refuse_odd(line, block)
-                    raw = line if plain or line[-1:] != b"\r" else line[:-1]
-                    header = block.line(position, after, raw, context, plain=plain)
-                    if quick is not None and header is not None and not block.is_open:
-                        quick.learn(line, position, header, context)
-                    position = after
-                    if one and not block.is_open:
-                        return block.finish(position)
-        except _Odd:
-            self._fast.clear()
-            return None
-        if quick is not None:
-            if hits and data.count(b" pid=") != block.prefixes + hits * quick.prefixed:
-                self._fast.clear()
-                return None
-            if block.has_forgotten:
-                self._fast.clear()
+                position = base + high
+                continue
+            found = data[low:high].split(b"\n", most)
+            rest = found.pop()
+            most -= len(found)
+            lines = iter(found)
+            while True:
+                if quick is not None and common and not block.is_open:
+                    missed, position = quick.take(lines, position, context, block)
+                    if missed is None:
+                        break
+                    line = missed
+                else:
+                    following = next(lines, None)
+                    if following is None:
+                        break
+                    line = following
+                after = position + len(line) + 1
+                _refuse_odd(line, block)
+                raw = line if plain or line[-1:] != b"\r" else line[:-1]
+                header = block.line(position, after, raw, context, plain=plain)
+                if quick is not None and header is not None and not block.is_open:
+                    quick.learn(line, position, header, context)
+                position = after
+                if one and not block.is_open:
+                    return block.finish(position)
+            if rest:
+                break
         result = block.finish(position)
-        if result.waits:
+        if result.waits or block.has_forgotten:
             self._fast.clear()
         return result
 
@@ -204,12 +193,6 @@ class Reader:
         return result._replace(state=replace(after, carry=carry, claimed=result.state.claimed))
 
 
-def _bounded(data: bytes, end: int, most: int) -> int:
-    if most < end and data.count(b"\n", 0, end) > most:
-        return len(data) - len(data.split(b"\n", most)[most])
-    return end
-
-
 def _is_plain(data: bytes) -> bool:
     """Whether lines of it are shown as they stand."""
     if b"\x1b" in data or b"\r" in data or b"\0" in data:
@@ -231,14 +214,13 @@ def _cuts_between_lines(data: bytes, base: int, cuts: Sequence[int]) -> bool:
 
 
 def _refuse_odd(line: bytes, block: Block) -> None:
-    """Raises _Odd for a line that `assemble` would cut or mark as torn; counts and remembers children's prefixes."""
+    """Raises Odd for a line that `assemble` would cut or mark as torn; remembers children's prefixes."""
     if len(line) > assemble.WHOLE_BYTES:
-        raise _Odd
+        raise Odd
     if b" pid=" in line:
         first = assemble.CHILD.match(line)
         if assemble.CHILD.search(line, first.end() if first else 0):
-            raise _Odd
-        block.prefixes += line.count(b" pid=")
+            raise Odd
         if first:
             block.remember(first[0])
 
@@ -264,10 +246,11 @@ def _ranges(data: bytes, end: int, base: int, view: View, fast: bool) -> Iterato
     """`_runs`, for the fast way divided at the lines that it must not see: those that may begin an event by their message,
     and one at which the offsets in the uids grow by a digit."""
     growth = 10 ** len(str(base)) - 1 - base
+    triggers = fast and has(data, TRIGGER)
     for start, stop, context in _runs(data, end, base, view):
         low = start
         while low < stop:
-            at = data.find(TRIGGER, low, stop) if fast else -1
+            at = data.find(TRIGGER, low, stop) if triggers else -1
             if low <= growth < (stop if at < 0 else at):
                 at = growth
             if at < 0 or not fast:

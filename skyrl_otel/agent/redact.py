@@ -11,16 +11,16 @@ part's end, and `Cut` carries as much of it into the next part as its pattern ne
 from __future__ import annotations
 
 import bisect
-import ctypes
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import itemgetter
 
 from skyrl_otel.agent import otlp
 from skyrl_otel.agent.assemble import Piece
+from skyrl_otel.agent.find import has
 
 _CARRY_BYTES = 200
 _REACH_BYTES = 4096
@@ -100,18 +100,6 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _find_fast() -> Callable[[bytes, bytes], bool]:
-    try:
-        strstr = ctypes.CDLL(None).strstr
-    except (OSError, AttributeError):
-        return lambda data, anchor: anchor in data
-    strstr.restype = ctypes.c_void_p
-    strstr.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    # Python's bytes end in a NUL that does not count, which is all that strstr wants.
-    return lambda data, anchor: strstr(data, anchor) is not None
-
-
-_has = _find_fast()
 _START = itemgetter(Piece._fields.index("start"))
 _PART = itemgetter(Piece._fields.index("part"))
 
@@ -149,7 +137,7 @@ class Redactor:
             for rule in self.rules
             if not rule.also or rule.also in block
             for anchor in rule.anchors
-            if _has(block, anchor)
+            if has(block, anchor)
         ]
 
     def text(self, text: bytes) -> bytes:

@@ -37,8 +37,8 @@ _MANY_MARKS = 256
 """Past this a file gets a new mark only when the last one is as old as a `_MANY_MARKS`th of the first one's age: in an outage
 times grow coarse (by 0.4 % of its length), and memory and journal with the logarithm of it."""
 
-_RECORD_OVERHEAD = 200
-"""Bytes of a record beyond its line, and a little more: bounds a request made of very short lines."""
+_LINE_BYTES = 128
+"""Shorter lines count as much as one of this length: a record has about 200 bytes beyond its line."""
 
 _MAYBE_LOST = "truncated after an agent ended that may have sent some of it"
 """Why of an upper bound: that agent did not live to hear what the receiver took."""
@@ -470,7 +470,7 @@ class TextFile:
             if loss.offset > start:
                 limit = min(limit, loss.offset)
                 break
-        most = max(budget // _RECORD_OVERHEAD, 1)
+        most = max(budget // _LINE_BYTES, 1)
         reader, state = self._reader_here(), State.from_json(self.sent.state)
         for size in (budget, max(budget, _READ_BYTES)):
             data = self._read(start, min(limit - start, size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from skyrl_otel.agent import otlp
 from skyrl_otel.agent.assemble import State
+from skyrl_otel.agent.block import Section
 from skyrl_otel.agent.events import ranges_of
 from skyrl_otel.agent.reader import Reader, View
 from skyrl_otel.spool.decisions import Decision
@@ -119,11 +121,11 @@ class Agent:
             if result.end == self.position:
                 return
             for section in result.sections:
-                self.keep(section.records, section.scope)
+                self.keep(records_of(section), section.scope)
             self.position, self.state = result.end, State.from_json(result.state.to_json())
             self.stops.append((self.position, self.state))
 
-    def keep(self, records: tuple[bytes, ...], scope: bytes) -> None:
+    def keep(self, records: list[bytes], scope: bytes) -> None:
         for record in records:
             start = start_of(record)
             assert self.scopes.setdefault(start, scope) == scope
@@ -136,6 +138,14 @@ class Agent:
     @property
     def records(self) -> list[bytes]:
         return [record for start in sorted(self.sent) for record in self.sent[start]]
+
+
+def records_of(section: Section) -> list[bytes]:
+    """Each record by itself."""
+    joined = b"".join(section.records)
+    ends = [0, *(end for _, _, end in otlp.fields(joined, 0, len(joined)))]
+    assert (section.count, section.size) == (len(ends) - 1, len(joined))
+    return [joined[start:end] for start, end in pairwise(ends)]
 
 
 _UID = re.compile(re.escape(PREFIX) + rb"(\d+)-(\d+)")
