@@ -178,7 +178,7 @@ class Block:
         header = self._header(rest, moment, context)
         message = rest if header is None else _message(rest, header)
         key = child.prefix if child else b""
-        line = Line(start, end, message, header, moment)
+        line = Line(start, end, message, header, moment, hidden > 0)
         if self._open and self._belongs(key, line):
             return None
         kind = kind_of(message, header)
@@ -351,7 +351,7 @@ def shown(raw: bytes) -> tuple[bytes, int]:
     """A line as people see it, valid UTF-8, and how many earlier states of a progress bar are not in it."""
     hidden = 0
     if b"\r" in raw:
-        states = [state for state in raw.split(b"\r") if state]
+        states = [state for state in raw.split(b"\r") if state.strip()]  # blanks wipe what was there
         raw = states[-1] if states else b""
         hidden = max(len(states) - 1, 0)
     if b"\x1b" in raw:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -35,35 +37,105 @@ def read(data: bytes, now: float) -> list[tuple[Received, str]]:
     return list(zip(found, ["" if scope == "skyrl_otel.text" else scope for scope in scopes], strict=True))
 
 
-def wrong(record: Received, logger: str, meant: dict[str, Any]) -> list[str]:
+_STATED = (
+    re.compile(rb"(?P<Y>20\d\d)-(?P<m>\d\d)-(?P<d>\d\d)[ T](?P<clock>\d\d:\d\d:\d\d)(?:[.,](?P<fraction>\d+))?"),
+    re.compile(rb"(?<!\d)(?P<m>\d\d)-(?P<d>\d\d) (?P<clock>\d\d:\d\d:\d\d)()"),
+    re.compile(rb"[DIWEF](?P<m>\d\d)(?P<d>\d\d) (?P<clock>\d\d:\d\d:\d\d)\.(?P<fraction>\d+)"),
+)
+_PLACES = {"file": "code.file.path", "line": "code.line.number", "function": "code.function.name", "pid": "process.pid"}
+_MORE = {"exception": "exception.type", "exception_message": "exception.message", "stack": "exception.stacktrace"}
+_OTHER = {"child": "skyrl.child", "states": "skyrl.bar.states"}
+
+
+def stated(raw: bytes) -> tuple[int, int] | None:
+    """The times, in nanoseconds from the first to before the second, that the first line of a record may mean by its text."""
+    line = raw.partition(b"\n")[0]
+    match = next((match for pattern in _STATED if (match := pattern.search(line, 0, 120))), None)
+    if match is None:
+        return None
+    fields = match.groupdict()
+    day = datetime.date(int(fields.get("Y") or 2026), int(fields["m"]), int(fields["d"]))
+    clock = datetime.time.fromisoformat(fields["clock"].decode())
+    second = int(datetime.datetime.combine(day, clock, datetime.timezone.utc).timestamp())
+    digits = (fields.get("fraction") or b"")[:9]
+    size = 10 ** (9 - len(digits))
+    low = second * 10**9 + int(digits or 0) * size
+    return low, low + size
+
+
+def wrong(record: Received, logger: str, meant: dict[str, Any], raw: bytes) -> list[str]:
     """What a record has wrong."""
-    faults = []
-    if logger != meant["logger"]:
-        faults.append(f"logger {logger} for {meant['logger']}")
-    if record.severity != meant["severity"]:
-        faults.append(f"severity {record.severity} for {meant['severity']}")
-    if meant.get("exception"):
-        if record.attributes.get("exception.type") != meant["exception"]:
-            faults.append(f"exception {record.attributes.get('exception.type')} for {meant['exception']}")
-        if not record.body.startswith(meant["message"]) or not record.attributes.get("exception.stacktrace"):
-            faults.append(f"body {record.body!r} for {meant['message']!r}")
-    elif record.body != meant["message"]:
-        faults.append(f"body {record.body!r} for {meant['message']!r}")
-    if abs(record.time / 1e9 - meant["time"]) > 1.5:
+    expected = {"logger": meant["logger"], "severity": meant["severity"], "body": meant["message"]}
+    found: dict[str, Any] = {"logger": logger, "severity": record.severity, "body": record.body}
+    names = _PLACES | _MORE | _OTHER
+    expected |= {key: meant[key] for key in names if key in meant}
+    found |= {key: record.attributes.get(names[key]) for key in names if key in meant}
+    if "stack" in expected and len(expected["stack"]) > 16_000:
+        expected["stack"], found["stack"] = expected["stack"][-9_000:], found["stack"][-9_000:]
+    faults = [f"{key} {found[key]!r} for {expected[key]!r}" for key in expected if found[key] != expected[key]]
+    faults += [
+        f"{name}, which nobody meant" for key, name in _MORE.items() if name in record.attributes and key not in meant
+    ]
+    span = stated(raw)
+    if span is not None and not span[0] <= record.time < span[1]:
+        faults.append(f"time {record.time} for {span}")
+    if meant["time"] and span is not None and abs(record.time / 1e9 - meant["time"]) > 1.5:
         faults.append(f"time {record.time} for {meant['time']}")
     return faults
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_real_output_is_understood(name: str) -> None:
+def faults_of(name: str) -> list[list[str]]:
+    """The faults of each record of a sample that is read two hours after its last line."""
     data = (DATA / f"{name}.log").read_bytes()
     meant = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()]
-    found = read(data, meant[-1]["time"])
+    last = (
+        max(range_[1] for line in data.split(b"\n") if (range_ := stated(line))) if is_timed(name) else time.time_ns()
+    )
+    found = read(data, last / 1e9 + 7200)
     assert len(found) == len(meant), [record.body for record, _ in found]
-    faults = {
-        m["message"]: bad for (record, logger), m in zip(found, meant, strict=True) if (bad := wrong(record, logger, m))
-    }
+    return [wrong(record, logger, m, raw_of(data, record)) for (record, logger), m in zip(found, meant, strict=True)]
+
+
+def raw_of(data: bytes, record: Received) -> bytes:
+    start, _, end = record.uid.rpartition("/")[2].partition("-")
+    return data[int(start) : int(end)]
+
+
+def is_timed(name: str) -> bool:
+    """Whether lines of a sample say when they were written."""
+    return not name.startswith(TIMELESS)
+
+
+TIMELESS = (
+    "basic",
+    "faulthandler",
+    "pretty",
+    "raised",
+    "shell",
+    "torch-check",
+    "tqdm",
+    "traceback",
+    "uvicorn",
+    "warnings",
+)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_real_output_is_understood(name: str) -> None:
+    faults = [bad for bad in faults_of(name) if bad]
     assert not faults
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if is_timed(name)])
+def test_a_clock_that_is_broken_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would not test times."""
+
+    def time_of_the_mark(*_: object) -> tuple[int, tuple[int, int], int]:
+        mark = next(value for value in _ if isinstance(value, int))
+        return mark, (mark, mark + 1), 1
+
+    monkeypatch.setattr(Matcher, "_time", time_of_the_mark)
+    assert any("time " in fault for bad in faults_of(name) for fault in bad)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from skyrl_otel.agent.otlp import Value
 
-Kind = Literal["", "error", "traceback", "group", "native", "block", "warning"]
+Kind = Literal["", "error", "traceback", "native", "block", "warning"]
 """Which lines may follow and belong to the same event; see `agent/events.py`."""
 
 LEVELS: Mapping[bytes, int] = {

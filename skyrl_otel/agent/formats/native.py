@@ -1,4 +1,4 @@
-"""What C++ and Go libraries print: glog, absl, c10 and torch, Ray's core, zap, NCCL, SGLang's engine; and last words.
+"""What C++ and Go libraries print: glog, absl, c10 and torch, Ray's core, zap, NCCL; SGLang, DeepSpeed; and last words.
 
 glog and absl: `LmmddHH:MM:SS.uuuuuu thread file:line] `; torch's Python loggers write the same (`torch/_logging/_internal.py`).
 c10: `c10/util/Logging.cpp`, the same in brackets. Ray: `src/ray/util/logging.cc`. zap: its console encoder.
@@ -60,22 +60,49 @@ NCCL = Format(
     scope="nccl",
 )
 # Not run here, from SGLang's python/sglang/srt/utils, configure_logger: "[%(asctime)s{prefix}] %(message)s" with prefixes
-# such as " TP0", and no level.
+# such as " TP0", and no level. Where its prefix is empty nothing tells that a line is SGLang's: see BRACKETS.
 SGLANG = Format(
     name="sglang",
     first=b"[",
     pattern=rb"\[(?P<when>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(?P<fraction>\d{3}))?"
-    rb"(?P<thread>(?: (?:DP|TP|PP|EP|MoEDP)\d{1,4})*)\] "
-    rb"(?![\w.\-]{1,253}:\d{1,10}:\d{1,10} \[)",
+    rb"(?P<thread>(?: (?:DP|TP|PP|EP|MoEDP)\d{1,4}){1,6})\] ",
     date="%Y-%m-%d %H:%M:%S",
     scope="sglang",
 )
-# Python/pylifecycle.c fatal_error, Modules/faulthandler.c; libstdc++'s verbose terminate handler; the shell's and glibc's words.
+# Not run here, from DeepSpeed's deepspeed/utils/logging.py, create_logger: "[%(asctime)s] [%(levelname)s]
+# [%(filename)s:%(lineno)d:%(funcName)s] %(message)s".
+DEEPSPEED = Format(
+    name="deepspeed",
+    first=b"[",
+    pattern=rb"\[(?P<when>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(?P<fraction>\d{3})\] "
+    rb"\[(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)\] "
+    rb"\[(?P<file>[^\s:\]]{1,200}):(?P<line>\d{1,7}):(?P<function>[^\s\]]{1,120})\] ",
+    date="%Y-%m-%d %H:%M:%S",
+    scope="deepspeed",
+)
+_SIGNALS = rb"(?:Segmentation fault|Aborted|Bus error|Killed|Illegal instruction|Floating point exception)"
+_DUMPED = rb"(?: \(core dumped\))?"
+# Python/pylifecycle.c fatal_error, Modules/faulthandler.c; libstdc++'s verbose terminate handler; glibc's words; a shell without
+# job control, as dash.
 LAST_WORDS = Format(
     name="last-words",
-    first=b"FSTtAB*fdmc",
-    pattern=rb"(?:Fatal Python error: |Segmentation fault|terminate called |Aborted(?: \(core dumped\))?$|Bus error"
-    rb"|\*\*\* (?:Aborted at |SIG[A-Z]{2,6} )|free\(\): |double free or corruption|munmap_chunk|malloc\(\): |corrupted size vs)",
+    first=b"FSABKItdmcf*",
+    pattern=rb"(?:Fatal Python error: |terminate called |\*\*\* (?:Aborted at |SIG[A-Z]{2,6} )"
+    rb"|free\(\): |double free or corruption|munmap_chunk\(\): |malloc\(\): |corrupted size vs|"
+    + _SIGNALS
+    + _DUMPED
+    + rb"$)",
+    level="FATAL",
+    kind="native",
+    keep=True,
+)
+# bash, jobs.c, notify_of_job_status: "script: line 3:  4711 Segmentation fault      (core dumped) command". The pid is that of
+# the dead child.
+SHELL = Format(
+    name="shell",
+    first=b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-./",
+    pattern=rb"(?!(?:TRACE|DEBUG|INFO|NOTICE|SUCCESS|WARN(?:ING)?|ERROR|CRITICAL|FATAL):)[^\s:]{1,300}:(?: line \d{1,7}:)? {1,5}"
+    rb"(?P<pid>\d{1,10}) " + _SIGNALS + rb"(?:$| {2,80}(?:\(core dumped\) )?(?=\S))",
     level="FATAL",
     kind="native",
     keep=True,
@@ -89,4 +116,4 @@ STALLED = Format(
     kind="native",
     keep=True,
 )
-FORMATS = (GLOG, GLOG_YEAR, C10, RAY_CORE, ZAP, NCCL, SGLANG, LAST_WORDS, STALLED)
+FORMATS = (GLOG, GLOG_YEAR, C10, RAY_CORE, ZAP, NCCL, SGLANG, DEEPSPEED, LAST_WORDS, SHELL, STALLED)

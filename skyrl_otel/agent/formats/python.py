@@ -58,4 +58,14 @@ RAY = Format(
     date=_DATE,
     scope="ray",
 )
-FORMATS = (LOGURU, ASCTIME, ASCTIME_LEVEL, BASIC, UVICORN, STRUCTLOG, WARNINGS, RAY)
+# "[%(asctime)s] message", "[%(asctime)s] LEVEL message", "[%(asctime)s] [LEVEL] message", and Hydra's default,
+# "[%(asctime)s][%(name)s][%(levelname)s] - message" (hydra/conf/hydra/job_logging/default.yaml). Not NCCL's and DeepSpeed's.
+BRACKETS = Format(
+    name="brackets",
+    first=b"[",
+    pattern=rb"\[(?P<when>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:[.,](?P<fraction>\d{3}))?\]"
+    rb"(?! [\w.\-]{1,253}:\d{1,10}:\d{1,10} \[)(?! \[[A-Z]{1,20}\] \[[^\s:\]]{1,200}:\d{1,7}:[^\s\]]{1,120}\] )"
+    rb"(?:\[(?P<logger>[\w.\-]{1,120})\](?=\[[A-Z]{1,20}\] - ))?(?: ?\[?" + _LEVEL + rb"(?:\]:?|:|(?= ))(?: - ?)?)? ?",
+    date=_DATE,
+)
+FORMATS = (LOGURU, ASCTIME, ASCTIME_LEVEL, BRACKETS, BASIC, UVICORN, STRUCTLOG, WARNINGS, RAY)

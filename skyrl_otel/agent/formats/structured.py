@@ -1,14 +1,17 @@
 """Lines that name their fields: JSON (structlog, python-json-logger, zap, Ray) and logfmt (Loki, Prometheus, go-kit).
 
-The keys are those that these write by default. What is not known by name becomes an attribute, 32 of them at most.
+The keys are those that these write by default. What is not known by name becomes an attribute, 32 of them at most; one whose
+name would say who wrote the line, or that it is an event of ours, is put behind "printed.".
 """
 
 import json
+import math
 import re
 from typing import Any
 
 from skyrl_otel.agent.formats.format import Format, Parsed
 from skyrl_otel.agent.otlp import Value
+from skyrl_otel.agent.trace import TRACEBACK, exception_of
 
 _TIMES = ("timestamp", "ts", "time", "asctime", "@timestamp", "t")
 _LEVELS = ("level", "levelname", "severity", "log.level", "lvl")
@@ -17,29 +20,27 @@ _MESSAGES = ("message", "msg", "event", "body")
 _FILES, _LINES, _CALLERS = ("filename", "pathname", "file"), ("lineno", "line"), ("caller", "source")
 _STACKS = ("exc_info", "exception", "stack", "stacktrace", "exc_text")
 _MOST = 32
+# As Loki spells them, which turns all but letters and digits into "_": names of the resource, of ours, and of Loki's own.
+_CLAIMS = re.compile(
+    r"(?:skyrl|service|host|process|ray|log|event|exception|code|telemetry|k8s|container|deployment|cloud|otel|scope|severity|rl)_"
+    r"|(?:observed_timestamp|detected_level|severity|event|scope|level|job|instance)$"
+)
+_SPELLING = re.compile(r"[^a-zA-Z0-9]")
 _ISO = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:[.,](\d{1,9}))?(Z|[+-]\d\d:?\d\d)?$")
 _PAIR = re.compile(rb'([A-Za-z_][\w.\-]*)=(?:"((?:[^"\\]|\\.)*)"|([^\s"]*))(?: |$)')
 
 
 def _fields(fields: dict[str, Any]) -> Parsed | None:
+    stack = next((fields[name] for name in _STACKS if fields.get(name)), None)
+    if isinstance(stack, str) and TRACEBACK.decode() in stack:
+        fields = fields if any(name in fields for name in _LEVELS) else {_LEVELS[0]: "ERROR", **fields}
     level, message = _take(fields, _LEVELS), _take(fields, _MESSAGES)
     if level is None or not isinstance(message, str):
         return None
     logger, stated = _take(fields, _LOGGERS), _take(fields, _TIMES)
-    attributes: dict[str, Value] = {}
-    caller = _take(fields, _CALLERS)
-    if isinstance(caller, str) and (place := re.fullmatch(r"(.{1,200}):(\d{1,7})", caller)):
-        attributes |= {"code.file.path": place[1], "code.line.number": int(place[2])}
-    file, line = _take(fields, _FILES), _take(fields, _LINES)
-    if isinstance(file, str):
-        attributes["code.file.path"] = file
-    if isinstance(line, int):
-        attributes["code.line.number"] = line
-    stack = _take(fields, _STACKS)
-    if isinstance(stack, str):
-        attributes["exception.stacktrace"] = stack[:16384]
+    attributes = _place(fields) | _exception(_take(fields, _STACKS))
     for key, value in list(fields.items())[:_MOST]:
-        attributes[key[:128]] = value if isinstance(value, str | bool | int | float) else json.dumps(value)[:4096]
+        attributes.setdefault(_name(key), _value(value))
     time_ns, when, fraction, zone = _time(stated)
     return Parsed(
         message.encode("utf-8", "replace"),
@@ -51,6 +52,40 @@ def _fields(fields: dict[str, Any]) -> Parsed | None:
         zone,
         attributes,
     )
+
+
+def _place(fields: dict[str, Any]) -> dict[str, Value]:
+    attributes: dict[str, Value] = {}
+    caller = _take(fields, _CALLERS)
+    if isinstance(caller, str) and (place := re.fullmatch(r"(.{1,200}):(\d{1,7})", caller)):
+        attributes |= {"code.file.path": place[1], "code.line.number": int(place[2])}
+    file, line = _take(fields, _FILES), _take(fields, _LINES)
+    if isinstance(file, str):
+        attributes["code.file.path"] = file
+    if isinstance(line, int):
+        attributes["code.line.number"] = line
+    return attributes
+
+
+def _exception(stack: Any) -> dict[str, Value]:
+    """`exception.*` of a stack as text, or of structlog's `dict_tracebacks`."""
+    if isinstance(stack, str):
+        return {**exception_of(stack)}
+    if not isinstance(stack, list) or not stack or not isinstance(stack[0], dict):
+        return {}
+    raised = stack[0]
+    named = {"exception.type": raised.get("exc_type"), "exception.message": raised.get("exc_value")}
+    return {**{key: str(value)[:4096] for key, value in named.items() if value}, **exception_of(json.dumps(stack))}
+
+
+def _name(key: str) -> str:
+    return f"printed.{key[:120]}" if _CLAIMS.match(_SPELLING.sub("_", key)) else key[:128]
+
+
+def _value(value: Any) -> Value:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # no JSON: neither Loki nor `logs --json` could write it
+    return value if isinstance(value, str | bool | int | float) else json.dumps(value)[:4096]
 
 
 def _take(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -82,7 +117,7 @@ def parse_json(line: bytes) -> Parsed | None:
     if line[-1:] != b"}" and line.rstrip()[-1:] != b"}":
         return None
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, parse_constant=str)
     except (ValueError, RecursionError):
         return None
     return _fields(fields) if isinstance(fields, dict) else None
