@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -51,32 +51,27 @@ def _body_prefix(size: int) -> bytes:
     return b"\x2a" + varint(1 + len(varint(size)) + size) + b"\x0a" + varint(size)
 
 
-class _Prefixes(dict[int, bytes]):
-    """What precedes something of so many bytes, made when first asked for: all at import is 1 ms of each worker's start."""
-
-    def __init__(self, make: Callable[[int], bytes]) -> None:
-        self._make = make
-
-    def __missing__(self, size: int) -> bytes:
-        prefix = self[size] = self._make(size)
-        return prefix
-
-
-# What precedes a body's text in a LogRecord, and a LogRecord in a ScopeLogs, up to these sizes. Most records are short.
-SHORT_BODY, SHORT_RECORD = 1024, 2048
-BODY_PREFIXES = _Prefixes(_body_prefix)
-RECORD_PREFIXES = _Prefixes(lambda size: b"\x12" + varint(size))
+# Made at import, which each worker's start waits for: without a call for each.
+_VARINTS = [bytes((n,)) for n in range(128)] + [bytes((n & 127 | 128, n >> 7)) for n in range(128, 2048)]
+# By length: what precedes a body's text in a LogRecord. Most records are short.
+BODY_PREFIXES = [
+    b"\x2a" + _VARINTS[1 + len(length) + size] + b"\x0a" + length for size, length in enumerate(_VARINTS[:1024])
+]
 
 
 def body(text: str) -> bytes:
     """LogRecord.body; long texts are cut."""
     data = text.encode("utf-8", "replace")
     size = len(data)
-    if size < SHORT_BODY:
-        return BODY_PREFIXES[size] + data
+    return BODY_PREFIXES[size] + data if size < 1024 else b"".join(long_body(data))
+
+
+def long_body(data: bytes) -> tuple[bytes, bytes]:
+    """What precedes the text of LogRecord.body, and that text, cut where it is too long."""
+    size = len(data)
     if size > MESSAGE_BYTES:
         data = data[:MESSAGE_BYTES].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % size
-    return _body_prefix(len(data)) + data
+    return _body_prefix(len(data)), data
 
 
 def scope(name: str) -> bytes:
@@ -105,34 +100,38 @@ def attribute(key: str, value: Any) -> bytes:
     return field(b"\x32", field(b"\x0a", key.encode("utf-8", "replace")) + field(b"\x12", encoded))
 
 
-_SHORT_ATTRIBUTE = 1024
-_lengths = _Prefixes(varint)
+# By length: what precedes a KeyValue in a LogRecord, and in it a short text, and an int.
+_PAIR_PREFIXES = [b"\x32" + length for length in _VARINTS[:512]]
+_TEXT_PREFIXES = [b"\x12%c\x0a%c" % (size + 2, size) for size in range(100)]
+_INT_PREFIXES = [b"\x12%c\x18" % (size + 1) for size in range(11)]
 _MOST_KEYS = 4096
+_KEY_BYTES = 256
 _keys: dict[str, bytes] = {}
 
 
-def attributes(values: Iterable[tuple[Any, Any]]) -> bytes:
-    """All of them; a key that is no string becomes one."""
+def attributes(values: Iterable[tuple[Any, Any]], without: Collection[Any] = ()) -> bytes:
+    """All of them but those whose key is in `without`; a key that is no string becomes one."""
     encoder = None
-    parts = []
-    for key, value in islice(values, _ITEMS):
-        encoded_key = _keys.get(key) if type(key) is str else None
-        if encoded_key is None:
-            encoded_key = _new_key(key)
-        kind = type(value)
-        if kind is int and 0 <= value < 128:
-            pair = b"%b\x12\x02\x18%c" % (encoded_key, value)
+    parts: list[bytes] = []
+    left = iter(values)
+    for key, value in islice(left, _ITEMS):
+        if key in without:
+            continue
+        name = (_keys.get(key) if type(key) is str else None) or _new_key(key)
+        size = len(name)
+        kind = type(value) if size < _KEY_BYTES else None
+        if kind is int and 0 <= value < 1 << 63:
+            number = _VARINTS[value] if value < 2048 else varint(value)
+            parts += (_PAIR_PREFIXES[size + 3 + len(number)], name, _INT_PREFIXES[len(number)], number)
         elif kind is float:
-            pair = encoded_key + b"\x12\x09\x21" + _double(value)
+            parts += (_PAIR_PREFIXES[size + 11], name, b"\x12\x09\x21", _double(value))
         elif kind is str and len(value) < 100 and value.isascii():
-            size = len(value)
-            pair = b"%b\x12%c\x0a%c%b" % (encoded_key, size + 2, size, value.encode())
+            length = len(value)
+            parts += (_PAIR_PREFIXES[size + 4 + length], name, _TEXT_PREFIXES[length], value.encode())
         else:
             encoder = encoder or _Values()
-            pair = encoded_key + field(b"\x12", encoder.encode(value, 0))
-        size = len(pair)
-        parts.append(b"\x32" + (_lengths[size] if size < _SHORT_ATTRIBUTE else varint(size)) + pair)
-    if len(parts) >= _ITEMS:
+            parts.append(field(b"\x32", name + field(b"\x12", encoder.encode(value, 0))))
+    if next(left, None) is not None:
         parts.append(attribute("…", "what more there is was left out"))
     return b"".join(parts)
 

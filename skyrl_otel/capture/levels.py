@@ -14,6 +14,10 @@ class Levels:
         """`lowest` maps a logger's name to a level number; the empty name is for all others."""
         self._lowest = dict(lowest)
 
+    def __bool__(self) -> bool:
+        """Whether anything is left out."""
+        return bool(self._lowest)
+
     def takes(self, logger: str, level: int) -> bool:
         """Whether a record of this logger and level is recorded: the longest name that holds decides."""
         lowest = self._lowest

@@ -1,8 +1,8 @@
 """The hot path: a `logging.LogRecord` becomes one frame with one write(2), inside the user's log call.
 
 One function, with everything it uses in its closure, because each call and each attribute of our own would show in the
-cost of a record (`python -m benchmarks handler`). What the records of one place in the source have in common is encoded
-once and found by (logger, path, line, level), what those of one thread have, by its ident.
+cost of a record (`python -m benchmarks handler`). Records of one place in the source and one thread whose
+message has the same length begin with the same bytes; these are kept, with their checksum, which the rest's goes on from.
 No lock: appending is atomic, dictionaries are too, and nothing is shared between two records that are under way.
 """
 
@@ -14,7 +14,9 @@ import struct
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import lru_cache
 from itertools import islice
+from math import trunc
 from time import time_ns
 from typing import Any
 from zlib import crc32
@@ -27,57 +29,49 @@ from skyrl_otel.spool import frames
 Take = Callable[[logging.LogRecord], bool]
 
 _MOST_PLACES = 8192
-_LATE_NS = 50e6
+_MOST_HEADS = 4096
+_HEAD_SHARED_BELOW = 1024  # bytes after the head: longer records rarely have the same length, and cost more elsewhere
 
 #: What every LogRecord has; what else is in its `__dict__` came by `extra=`. Formatters add the last three.
 STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"taskName", "message", "asctime"}
 _STANDARD_COUNT = len(logging.LogRecord("", 0, "", 0, "", (), None).__dict__)
 
-_HEADER_BYTES = frames.HEADER.size
+# A frame's header in two steps: what is the same for all frames of one length, and the checksum.
+_pack_length = struct.Struct("<4sI").pack
+_pack_header = struct.Struct("<8sI").pack
+_pack_times = struct.Struct("<BQBQ").pack
 
 
 def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogRecord], bool] | None = None) -> Take:
     """A function that writes a record and says whether it did: False also where the levels leave it out.
 
-    `is_known` is asked of records with extras: whether this one was taken before, in another form.
+    `is_known` is asked of records with a field `extra`, as loguru's have: whether this one was taken before, in another form.
     """
-    places: dict[tuple[str, str, int, int], tuple[bytes, bytes, int] | None] = {}
-    threads: dict[int | None, tuple[str | None, bytes]] = {}
-    find_place, find_thread = places.get, threads.get
-    pack_times, pack_header = struct.Struct("<QBQ").pack, frames.HEADER.pack
-    magic, write, modules, join = frames.MAGIC, os.write, sys.modules, b"".join
-    log_record, long_body, more = logging.LogRecord, encode.body, _more
-    body_prefixes, record_prefixes = encode.BODY_PREFIXES, encode.RECORD_PREFIXES
-    long_text, long_record = encode.SHORT_BODY, encode.SHORT_RECORD
-    missing = object()
+    heads: dict[tuple[str, str, int, int, int | None, str | None, int], tuple[bytes, bytes, int]] = {}
+    pack_times, pack_header = _pack_times, _pack_header
+    write, modules, join = os.write, sys.modules, b"".join
+    log_record, long_body, more = logging.LogRecord, encode.long_body, _more
+    body_prefixes, shortest = encode.BODY_PREFIXES, len(encode.BODY_PREFIXES)
+    takes = lru_cache(_MOST_PLACES)(levels.takes) if levels else None
     active_context: Callable[[], Any] | None = None
 
-    def new_place(record: logging.LogRecord) -> tuple[bytes, bytes, int] | None:
-        if len(places) > _MOST_PLACES:
-            places.clear()
-        name, level = record.name, record.levelno
-        place = None
-        if levels.takes(name, level):
-            # Fields come in any order; the tag of the time, which is next, ends what is constant.
-            constant = encode.severity(level, record.levelname)
-            constant += encode.code(record.pathname, record.lineno, record.funcName or "") + b"\x09"
-            place = (encode.scope(name), constant, len(constant) + 17)
-        places[name, record.pathname, record.lineno, level] = place
-        return place
-
-    def new_thread(ident: int | None, name: str | None) -> tuple[str | None, bytes]:
-        if len(threads) > _MOST_PLACES:
-            threads.clear()
-        found = threads[ident] = (name, encode.thread(ident, name))
-        return found
+    def new_head(record: logging.LogRecord, size: int) -> tuple[bytes, bytes, int]:
+        name, path, line, level = record.name, record.pathname, record.lineno, record.levelno
+        ident, thread = record.thread, record.threadName
+        place = _place(path, line, record.funcName or "", level, record.levelname) + _thread(ident, thread)
+        prefix = b"".join((_scope(name), b"\x12", encode.varint(len(place) + size), place))
+        head = (_pack_length(frames.MAGIC, len(prefix) + size), prefix, crc32(prefix))
+        if size < _HEAD_SHARED_BELOW:
+            if len(heads) >= _MOST_HEADS:
+                heads.clear()
+            heads[name, path, line, level, ident, thread, size] = head
+        return head
 
     def take(record: logging.LogRecord) -> bool:
         nonlocal active_context
         try:
-            place: Any = find_place((record.name, record.pathname, record.lineno, record.levelno), missing)
-            if place is missing:
-                place = new_place(record)
-            if place is None:
+            name, path, line, level = record.name, record.pathname, record.lineno, record.levelno
+            if takes is not None and not takes(name, level):
                 return False
             message = record.msg
             if type(message) is str and type(record) is log_record:
@@ -94,33 +88,36 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
             except UnicodeError:
                 text = message.encode("utf-8", "replace")
             size = len(text)
-            body = body_prefixes[size] + text if size < long_text else long_body(message)
-            thread = find_thread(record.thread)
-            if thread is None or thread[0] != record.threadName:
-                thread = new_thread(record.thread, record.threadName)
-            rest = thread[1]
+            if size < shortest:
+                before = body_prefixes[size]
+            else:
+                before, text = long_body(text)
+            ident, thread, created = record.thread, record.threadName, record.created
             if active_context is None and "opentelemetry.trace" in modules:
                 active_context = _context_reader()
-            if (
-                len(record.__dict__) != _STANDARD_COUNT
-                or record.exc_info
-                or record.stack_info
-                or (active_context is not None and active_context())
-            ):
-                if is_known is not None and is_known(record):
+            in_context = active_context is not None and active_context()
+            # Last: once its `__dict__` was asked for, each attribute of a record costs CPython 3.11 ten times as much.
+            if record.exc_info or record.stack_info or in_context or len(record.__dict__) != _STANDARD_COUNT:
+                if is_known is not None and "extra" in record.__dict__ and is_known(record):
                     return True
-                rest += more(record, active_context is not None and bool(active_context()))
-            scope, constant, size = place
-            size += len(body) + len(rest)
-            prefix = record_prefixes[size] if size < long_record else b"\x12" + encode.varint(size)
-            created = now = time_ns()
-            if now - record.created * 1e9 > _LATE_NS:
-                created = int(record.created * 1e9)
-            payload = join((scope, prefix, constant, pack_times(created, 0x59, now), body, rest))
-            size = len(payload)
-            frame = pack_header(magic, size, crc32(payload)) + payload
+                rest = more(record, bool(in_context))
+            else:
+                rest = b""
+            now = time_ns()
             try:
-                if write(records.fd, frame) != size + _HEADER_BYTES:
+                times = pack_times(0x09, trunc(created * 1e9), 0x59, now)
+            except Exception:  # whatever somebody made of it
+                times = pack_times(0x09, now, 0x59, now)
+            tail = join((before, text, times, rest))
+            size = len(tail)
+            try:
+                start, prefix, checksum = heads[name, path, line, level, ident, thread, size]
+            except KeyError:
+                start, prefix, checksum = new_head(record, size)
+            frame = join((pack_header(start, crc32(tail, checksum)), prefix, tail))
+            size = len(frame)
+            try:
+                if write(records.fd, frame) != size:
                     return records.rescue(frame, None)
             except OSError as error:
                 return records.rescue(frame, error)
@@ -133,6 +130,15 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
             return False
 
     return take
+
+
+@lru_cache(_MOST_PLACES)
+def _place(path: str, line: int, function: str, level: int, level_name: str) -> bytes:
+    return encode.severity(level, level_name) + encode.code(path, line, function)
+
+
+_thread = lru_cache(_MOST_PLACES)(encode.thread)
+_scope = lru_cache(_MOST_PLACES)(encode.scope)
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -160,7 +166,7 @@ def _more(record: logging.LogRecord, in_context: bool) -> bytes:
     if len(fields) != _STANDARD_COUNT:
         # They come behind those that LogRecord itself sets, unless a subclass sets some before.
         extras = islice(fields.items(), _STANDARD_COUNT, None) if type(record) is logging.LogRecord else fields.items()
-        parts.append(encode.attributes([item for item in extras if item[0] not in STANDARD]))
+        parts.append(encode.attributes(list(extras), STANDARD))  # listed first: a repr of one may change them
     if in_context:
         parts.append(active_span())
     return b"".join(parts)
