@@ -218,6 +218,22 @@ class Store:
     def set_text(self, channel: str, path: Path, length: int) -> None:
         self._db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", (channel, str(path), length))
 
+    def wait(self, process: str, otherwise: str, text: bytes) -> None:
+        """Keep lines until their process is placed."""
+        self._db.execute("INSERT INTO waiting (process, otherwise, text) VALUES (?, ?, ?)", (process, otherwise, text))
+
+    def release(self, process: str) -> list[tuple[str, bytes]]:
+        """Give back what waits for this process, oldest first, as (file's key if it never was placed, lines)."""
+        found = self._db.execute(
+            "SELECT otherwise, text FROM waiting WHERE process = ? ORDER BY id", (process,)
+        ).fetchall()
+        self._db.execute("DELETE FROM waiting WHERE process = ?", (process,))
+        return found
+
+    def waiting(self) -> list[str]:
+        """The processes whose lines wait."""
+        return [process for (process,) in self._db.execute("SELECT DISTINCT process FROM waiting")]
+
     def agents(self) -> Iterator[tuple[str, int, str]]:
         """(agent, when heard, status JSON) of each agent that earlier lives heard."""
         yield from self._db.execute("SELECT agent, heard_unix_nano, status FROM agents")
