@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_ARGS ?=
 # What needs more than this machine's own kernel, Python and Ray: see the markers in pyproject.toml.
-STACK := netns or collector or loki or vllm
+STACK := netns or collector or loki or vllm or long
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

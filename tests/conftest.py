@@ -70,5 +70,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _what_it_needs(item: pytest.Item) -> str:
-    stack = [name for name in ("netns", "collector", "loki", "vllm") if item.get_closest_marker(name)]
+    stack = [name for name in ("netns", "collector", "loki", "vllm", "long") if item.get_closest_marker(name)]
     return f"needs {', '.join(stack)} (make test-stack)" if stack else "not chosen by this command line"
