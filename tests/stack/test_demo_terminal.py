@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# What a terminal does not show any more: a line that was written over, and one that the cursor went up to and erased.
+ERASED = re.compile(r"[^\n]*\r(?=[^\n])|[^\n]*\n(?:\x1b\[\?25h)?\r\x1b\[1A\x1b\[2K")
 PROGRESS = (
     r"\(entrypoint pid=\d+\) starting 2 policy ranks, 1 reference rank, 1 rollout engine, 2 environments",
     r"\(entrypoint pid=\d+\) step 4: an environment worker died, going on with 1",
@@ -106,13 +108,11 @@ def _play(name: str, **settings: str) -> Shown:
     finally:
         terminal.close()
         shutil.rmtree(root, ignore_errors=True)
-    plain = ESCAPES.sub("", output).replace("\r\n", "\n")
+    plain = ESCAPES.sub("", ERASED.sub("", output.replace("\r\n", "\n")))
     program, mark, summary = plain.partition("\nskyrl-otel  run ")
     assert mark, plain
-    # What the launcher shows while it waits is overwritten by a carriage return.
-    lines = [line.rpartition("\r")[2] for line in program.split("\n")]
     return Shown(
-        [line for line in lines if line],
+        [line for line in program.split("\n") if line],
         mark + summary,
         [json.loads(line) for line in logs.stdout.splitlines()],
         took_s,
