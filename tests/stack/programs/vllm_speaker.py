@@ -71,6 +71,7 @@ class AsJson(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = {
             "pid": record.process,
+            "time_unix_nano": int(record.created * 1e9),
             "logger": record.name,
             "level": record.levelname,
             "message": record.getMessage(),
