@@ -6,6 +6,7 @@ the transaction rolled back, the memory of repeats read again from the store, an
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import sqlite3
@@ -20,10 +21,10 @@ from pathlib import Path
 
 from skyrl_otel.collector.decode import BadRequest, Batch
 from skyrl_otel.collector.dedup import Sifted
-from skyrl_otel.collector.routes import Router
+from skyrl_otel.collector.routes import WAIT_S, Router
 from skyrl_otel.collector.store import Store
-from skyrl_otel.collector.text import LineFormat
-from skyrl_otel.collector.texts import Texts
+from skyrl_otel.collector.text import LineFormat, Waiting
+from skyrl_otel.collector.texts import ROUTE, Texts
 
 _MAX_ROWS_PER_COMMIT = 50_000
 _IDLE_S = 2.0  # how often statuses are stored while no rows come
@@ -57,14 +58,17 @@ class Committer:
         self._texts = texts
         self._max_bytes = max_bytes
         self._say = say
-        self._router = router or Router(())
+        self._router = router if router is not None else Router(())
         self._format = LineFormat(self._router)
+        self._router.restore(store.waiting(), time.monotonic())
+        self._router.follow(store.followed())
         self._dedup = store.load_seen()
         # Bounded: a full queue holds the decoding thread up, and so the requests behind it.
         self._jobs: queue.Queue[_Job | None] = queue.Queue(queue_size)
         self._lock = threading.Lock()  # protects _reports
         self._reports: dict[str, tuple[str, int, str]] = {}
         self._complaint = Complaint(say)
+        self._ending = False
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
 
     def start(self) -> None:
@@ -93,9 +97,8 @@ class Committer:
             self._reports[agent] = (agent, heard_unix_nano, status)
 
     def _run(self) -> None:
-        ending = False
-        while not ending:
-            jobs, ending = self._take()
+        while not self._ending:
+            jobs, self._ending = self._take()
             try:
                 self._commit(jobs)
             except Exception as error:
@@ -122,40 +125,52 @@ class Committer:
     def _commit(self, jobs: list[_Job]) -> None:
         with self._lock:
             reports = list(self._reports.values())
-        if not jobs and not reports:
+        self._router.give_up(math.inf if self._ending else time.monotonic() - WAIT_S)
+        if not jobs and not reports and not self._router.released:
             return
         if jobs and (size := self._store.size_bytes()) > self._max_bytes:
             raise Unavailable(
                 f"the store {self._store.path} has {size >> 20} MB, its limit; set SKYRL_OTEL_STORE_MAX higher and restart"
             )
         fresh: list[tuple[Batch, Sifted]] = []
-        lines: dict[str, list[str]] = {}
+        lines: dict[str | Waiting, list[str]] = {}
         for job in jobs:
             sifted = self._dedup.sift(job.batch.rows, job.batch.low_water)
             fresh.append((job.batch, sifted))
             for channel, found in self._format.lines(sifted.fresh, job.batch.resources).items():
                 lines.setdefault(channel, []).extend(found)
         lines = {channel: text for channel, text in lines.items() if text}
-        self._begin_texts(lines)
+        self._begin_texts(self._texts_to_write(lines))
         self._store.begin()
         for batch, sifted in fresh:
             self._store.add(batch.resources, sifted)
         # Text before the commit, its new length in it: what a kill leaves behind that length is cut off at the next start.
-        for channel, text in lines.items():
+        for channel, text in self._that_wait_no_longer(lines).items():
             file = self._texts.get(channel)
-            file.append("".join(text).encode("utf-8", "replace"))
+            file.append(text)
             self._store.set_text(channel, file.path, file.length)
         self._store.set_followed(self._router.fresh)
         self._store.set_agents(reports)
         self._store.commit()
-        self._router.fresh.clear()
         self._texts.settle()
+        self._router.settle()
         with self._lock:
             for report in reports:
                 if self._reports.get(report[0]) is report:
                     del self._reports[report[0]]
         if jobs:
             self._complaint.over()
+
+    def _texts_to_write(self, lines: Iterable[str | Waiting]) -> set[str]:
+        """The files that these lines, and those that wait no longer, go to."""
+        keys = {key for key in lines if not isinstance(key, Waiting)}
+        for process, to in self._router.released.items():
+            if to:
+                keys.add(f"{ROUTE}{to}")
+            else:
+                keys.update(key.otherwise for key in lines if isinstance(key, Waiting) and key.process == process)
+                keys.update(self._store.wait_for(process))
+        return keys
 
     def _begin_texts(self, keys: Iterable[str]) -> None:
         """Commit where our lines begin in each file that is new, before the first of them is written: the next life could
@@ -170,6 +185,21 @@ class Committer:
         self._store.commit()
         self._texts.settle()
 
+    def _that_wait_no_longer(self, lines: dict[str | Waiting, list[str]]) -> dict[str, bytes]:
+        """The text for each file: lines that waited first. Those that still have to wait are in the store."""
+        found: dict[str, list[bytes]] = {}
+        encoded = {key: "".join(text).encode("utf-8", "replace") for key, text in lines.items() if text}
+        for key, text in encoded.items():
+            if isinstance(key, Waiting):
+                self._store.wait(key.process, key.otherwise, text)
+        for process, to in self._router.released.items():
+            for otherwise, text in self._store.release(process):
+                found.setdefault(f"{ROUTE}{to}" if to else otherwise, []).append(text)
+        for key, text in encoded.items():
+            if not isinstance(key, Waiting):
+                found.setdefault(key, []).append(text)
+        return {key: b"".join(texts) for key, texts in found.items()}
+
     def _recover(self, jobs: list[_Job], error: Exception) -> None:
         self._store.rollback()
         for file in self._texts.values():
@@ -179,6 +209,7 @@ class Committer:
                 pass  # tried again before the next write
         try:
             self._dedup = self._store.load_seen()
+            self._router.restore(self._store.waiting(), time.monotonic())
         except sqlite3.Error as unreadable:
             error = unreadable
         if _is_storage_trouble(error):

@@ -2,8 +2,10 @@
 
 A rule holds if one of its keys does: `scope` (the logger), `process` (the child that a line's prefix names, as vLLM's
 ``(EngineCore pid=7)``; the actor's class or name, the task, the service), any other key as an attribute of the record or of its
-resource. Values are globs. A line that no rule but a catch-all takes follows its writer: it goes where the writer's first
-record went that a rule took.
+resource. Values are globs. A printed line that no rule but a catch-all takes follows the process that printed it: it goes where
+the first record of that process went that a rule took. Until there is one the process's lines wait: an engine prints for a minute
+before its library logs a word. They go on when there is one, and to the catch-all when the process has ended, after `WAIT_S`, or
+at the end of the run.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import translate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skyrl_otel.spool.settings import RouteItem
 
@@ -20,12 +22,28 @@ if TYPE_CHECKING:
     from skyrl_otel.collector.decode import Row
     from skyrl_otel.collector.resource import Resource
 
+WAIT_S = 300.0
+"""How long the lines of a process wait to be placed. An engine's import alone takes two minutes on a cold disk."""
+
+_END = "skyrl.process.end"
 _CHILD = re.compile(r"\(([A-Za-z_][\w.-]{0,60}) pid=\d+\)")
 _TEXT_SCOPES = ("", "skyrl_otel.text", "skyrl_otel.agent")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _MOST_FILES = 4096
 _OVERFLOW = "other.log"
+
+
+class Placed(NamedTuple):
+    """Where a line goes.
+
+    Attributes:
+        path: below the log folder; None for its channel's own file.
+        waits_for: the process that must be placed first, "" for none. `path` is for the case that it never is.
+    """
+
+    path: str | None
+    waits_for: str = ""
 
 
 class _Rule:
@@ -38,47 +56,83 @@ class _Rule:
 
 
 class Router:
-    """Remembers where writers go. `fresh` has what was decided since the owner last stored and cleared it: writer → rule."""
+    """Remembers where processes go; one for each life of a collector.
+
+    `released`: processes whose lines wait no longer, with the path these go to, None for each line's own.
+    `fresh`: what was decided, process → rule. Who has moved the lines and stored the decisions says so by `settle`.
+    """
 
     def __init__(self, items: Sequence[RouteItem]) -> None:
         self._rules = [_Rule(item) for item in items]
-        self.fresh: dict[str, str] = {}
+        # Rules by attributes alone hold from a process's first line on, or never: then nothing needs to wait.
+        self._may_wait = any(key in ("scope", "process") for rule in self._rules for key, _ in rule.keys)
         self._followed: dict[str, int] = {}
+        self._waiting: dict[str, float] = {}
+        self._given_up: set[str] = set()
+        self.released: dict[str, str | None] = {}
+        self.fresh: dict[str, str] = {}
         self._resources: dict[str, dict[str, Any]] = {}
         self._files: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._rules)
 
-    def restore(self, followed: Iterable[tuple[str, str]]) -> None:
-        """Take over what an earlier life decided, as far as the rules are still the same."""
-        numbers = {rule.name: number for number, rule in enumerate(self._rules)}
-        self._followed |= {writer: numbers[name] for writer, name in followed if name in numbers}
-
-    def route(self, row: Row, resource: Resource) -> str | None:
-        """The file's path below the log folder; None where no rule takes the record."""
+    def route(self, row: Row, resource: Resource, now_s: float = 0.0) -> Placed:
+        """Where a record goes. `now_s` is any clock that only goes forward, the one of `give_up`."""
         facts = self._facts(resource)
         attributes: dict[str, Any] = json.loads(row.attributes) if row.attributes else {}
-        number = self._decide(row, resource, facts, attributes)
-        if number is None:
-            return None
-        return self._path(self._rules[number], facts, attributes)
+        process = _process_of(resource)
+        number = self._match(row, resource, facts, attributes)
+        if number is not None and not self._rules[number].takes_all:
+            found = self._path(self._rules[number], facts, attributes)
+            if process:
+                if process not in self._followed:
+                    self._followed[process] = number
+                    self.fresh[process] = self._rules[number].name
+                if process in self._waiting:
+                    self.released.setdefault(process, found)
+            return Placed(found)
+        follows = process != "" and (row.stream is not None or row.scope in _TEXT_SCOPES)
+        if follows and process in self._followed:
+            number = self._followed[process]
+        path = None if number is None else self._path(self._rules[number], facts, attributes)
+        if not follows or process in self._followed or process in self._given_up or not self._may_wait:
+            return Placed(path)
+        self._waiting.setdefault(process, now_s)
+        if row.event_name == _END:
+            self.released.setdefault(process, None)
+        return Placed(path, process)
 
-    def _decide(self, row: Row, resource: Resource, facts: dict[str, Any], attributes: dict[str, Any]) -> int | None:
-        writer = resource.writer or ""
-        catch_all = None
+    def give_up(self, before_s: float) -> None:
+        """Release what has waited since before that time."""
+        for process, since_s in self._waiting.items():
+            if since_s < before_s:
+                self.released.setdefault(process, None)
+
+    def settle(self) -> None:
+        """What was released has moved, what was decided is stored."""
+        self.fresh = {}
+        for process, path in self.released.items():
+            self._waiting.pop(process, None)
+            if path is None:
+                self._given_up.add(process)
+        self.released = {}
+
+    def follow(self, decided: Iterable[tuple[str, str]]) -> None:
+        """Take over what an earlier life decided, as far as the rules are still the same."""
+        numbers = {rule.name: number for number, rule in enumerate(self._rules)}
+        self._followed |= {process: numbers[name] for process, name in decided if name in numbers}
+
+    def restore(self, waiting: Iterable[str], now_s: float) -> None:
+        """What waits is this: at a start, and where what was released has not moved after all."""
+        self._waiting = {process: self._waiting.get(process, now_s) for process in waiting}
+        self.released = {}
+
+    def _match(self, row: Row, resource: Resource, facts: dict[str, Any], attributes: dict[str, Any]) -> int | None:
         for number, rule in enumerate(self._rules):
-            if rule.takes_all:
-                catch_all = number
-                break
-            if any(_holds(key, globs, row, resource, facts, attributes) for key, globs in rule.keys):
-                if writer and writer not in self._followed:
-                    self._followed[writer] = number
-                    self.fresh[writer] = rule.name
+            if rule.takes_all or any(_holds(key, globs, row, resource, facts, attributes) for key, globs in rule.keys):
                 return number
-        if row.scope in _TEXT_SCOPES and writer in self._followed:
-            return self._followed[writer]
-        return catch_all
+        return None
 
     def _facts(self, resource: Resource) -> dict[str, Any]:
         facts = self._resources.get(resource.attributes)
@@ -96,6 +150,13 @@ class Router:
                 return _OVERFLOW
             self._files.add(path)
         return path
+
+
+def _process_of(resource: Resource) -> str:
+    """One process has several folders in the spool, and so several writer ids: a worker's first lines, the actor it becomes."""
+    if resource.pid is None:
+        return resource.writer or ""
+    return f"{resource.node_id or resource.node or ''}/{resource.pid}"
 
 
 def safe(value: Any) -> str:

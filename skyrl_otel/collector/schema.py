@@ -4,11 +4,12 @@ from __future__ import annotations
 
 VERSION = 2
 
-# records: `body` is TEXT, or a BLOB with the JSON of a structured body; `attributes` is JSON without log.record.uid and
-# log.iostream, which `source`, `start`, `end` and `stream` hold. resources: the counters save a summary the full scan.
-# sources: one for each "writer/file/generation". seen: start, end, start, end, … as native u64, one row for each source and
-# batch, `last` being the highest start in it. The index holds the resource too, so that a filter by role, rank, actor,
-# node or channel is decided without reading the records that it rejects.
+# records: `body` is TEXT, or a BLOB with the JSON of a structured body; `attributes` is JSON without log.record.uid
+# and log.iostream, which `source`, `start`, `end` and `stream` hold. resources: the counters save a summary the full
+# scan. sources: one for each "writer/file/generation". seen: start, end, start, end, … as native u64, one row for
+# each source and batch, `last` being the highest start in it. waiting: lines for the text files that wait until their
+# process is placed (routes.py), `otherwise` being the file for those that never are. The index holds the resource
+# too, so that a filter by role, rank, actor, node or channel is decided without reading the records that it rejects.
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE resources (
@@ -32,6 +33,7 @@ CREATE TABLE records (
 CREATE INDEX records_by_time ON records (time, resource);
 CREATE INDEX records_by_event ON records (event_name) WHERE event_name IS NOT NULL;
 CREATE TABLE texts (channel TEXT PRIMARY KEY, path TEXT NOT NULL, length INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE followed (writer TEXT PRIMARY KEY, rule TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE followed (process TEXT PRIMARY KEY, rule TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE waiting (id INTEGER PRIMARY KEY, process TEXT NOT NULL, otherwise TEXT NOT NULL, text BLOB NOT NULL);
 CREATE TABLE agents (agent TEXT PRIMARY KEY, heard_unix_nano INTEGER NOT NULL, status TEXT NOT NULL) WITHOUT ROWID;
 """

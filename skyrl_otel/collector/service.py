@@ -177,7 +177,6 @@ async def _serve(settings: Settings) -> int:
         store = Store(run.store_file, run_id=run.run_id)
         for agent, heard, status in store.agents():
             agents.restore(agent, heard, status)
-        router.restore(store.followed())
         texts = _open_texts(store, settings.log_dir)
         files = Texts(texts, settings.log_dir, store.texts())
         committer = Committer(store, files, max_bytes=settings.store_max_bytes, say=say, router=router)

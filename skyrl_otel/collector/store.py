@@ -220,11 +220,32 @@ class Store:
         self._db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", (channel, str(path), length))
 
     def followed(self) -> Iterator[tuple[str, str]]:
-        """(writer, rule) as the router decided it."""
-        yield from self._db.execute("SELECT writer, rule FROM followed")
+        """(process, rule) as the router decided it."""
+        yield from self._db.execute("SELECT process, rule FROM followed")
 
     def set_followed(self, decided: Mapping[str, str]) -> None:
         self._db.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?)", decided.items())
+
+    def wait(self, process: str, otherwise: str, text: bytes) -> None:
+        """Keep lines until their process is placed."""
+        self._db.execute("INSERT INTO waiting (process, otherwise, text) VALUES (?, ?, ?)", (process, otherwise, text))
+
+    def release(self, process: str) -> list[tuple[str, bytes]]:
+        """Give back what waits for this process, oldest first, as (file's key if it never was placed, lines)."""
+        found = self._db.execute(
+            "SELECT otherwise, text FROM waiting WHERE process = ? ORDER BY id", (process,)
+        ).fetchall()
+        self._db.execute("DELETE FROM waiting WHERE process = ?", (process,))
+        return found
+
+    def wait_for(self, process: str) -> list[str]:
+        """The files of the lines that wait for this process, if it never is placed."""
+        found = self._db.execute("SELECT DISTINCT otherwise FROM waiting WHERE process = ?", (process,))
+        return [otherwise for (otherwise,) in found]
+
+    def waiting(self) -> list[str]:
+        """The processes whose lines wait."""
+        return [process for (process,) in self._db.execute("SELECT DISTINCT process FROM waiting")]
 
     def agents(self) -> Iterator[tuple[str, int, str]]:
         """(agent, when heard, status JSON) of each agent that earlier lives heard."""

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the reader's commands use this file, and need not wait for protobuf
     from skyrl_otel.collector.decode import Row
@@ -86,6 +86,13 @@ class Clock:
         return f"{self._shown}.{rest // 1_000_000:03d}"
 
 
+class Waiting(NamedTuple):
+    """The key of lines that wait until their process is placed; `otherwise` is their file's key if it never is."""
+
+    process: str
+    otherwise: str
+
+
 class LineFormat:
     """Rows to lines."""
 
@@ -94,11 +101,11 @@ class LineFormat:
         self._router = router
         self._owners: dict[str, str] = {}
 
-    def lines(self, rows: Iterable[Row], resources: Sequence[Resource]) -> dict[str, list[str]]:
+    def lines(self, rows: Iterable[Row], resources: Sequence[Resource]) -> dict[str | Waiting, list[str]]:
         """Lines by the key of their file (see `Texts`), newlines included."""
         if self._router:
             return self._routed(rows, resources, self._router)
-        lines: dict[str, list[str]] = {"infra": [], "progress": []}
+        lines: dict[str | Waiting, list[str]] = {"infra": [], "progress": []}
         last: tuple[int, int, int, str | None] | None = None
         beginning = ""
         into = lines["infra"]
@@ -112,12 +119,16 @@ class LineFormat:
             into.append(f"{beginning}{_child(row)}{message(row.body)}\n")
         return lines
 
-    def _routed(self, rows: Iterable[Row], resources: Sequence[Resource], router: Router) -> dict[str, list[str]]:
-        lines: dict[str, list[str]] = {}
+    def _routed(
+        self, rows: Iterable[Row], resources: Sequence[Resource], router: Router
+    ) -> dict[str | Waiting, list[str]]:
+        lines: dict[str | Waiting, list[str]] = {}
+        now_s = time.monotonic()
         for row in rows:
             resource = resources[row.resource]
-            path = router.route(row, resource)
-            key = f"route:{path}" if path else "progress" if resource.channel == "progress" else "infra"
+            path, process = router.route(row, resource, now_s)
+            file = f"route:{path}" if path else "progress" if resource.channel == "progress" else "infra"
+            key = Waiting(process, file) if process else file
             lines.setdefault(key, []).append(f"{self._beginning(row, resource)}{_child(row)}{message(row.body)}\n")
         return lines
 

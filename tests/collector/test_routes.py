@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrl_otel.collector.committer import Committer, Unavailable
-from skyrl_otel.collector.decode import Batch, Row
+from skyrl_otel.collector.decode import BadRequest, Batch, Row
 from skyrl_otel.collector.resource import Resource, read_resource
 from skyrl_otel.collector.routes import Router, safe
 from skyrl_otel.collector.store import Store
@@ -21,6 +22,7 @@ from skyrl_otel.collector.text import TextFile
 from skyrl_otel.collector.texts import Texts
 from skyrl_otel.spool import settings
 
+TEXT = "skyrl_otel.text"
 SPLIT = """
 [[route]]
 match = { scope = "vllm*", process = "EngineCore*" }
@@ -49,7 +51,8 @@ def rules(tmp_path: Path, text: str) -> tuple[settings.RouteItem, ...]:
 
 def row(scope: str, body: str, **attributes: Any) -> Row:
     encoded = json.dumps(attributes) if attributes else None
-    return Row(1, 1, 9, None, scope, body, None, encoded, None, 0, None, 0, 0)
+    stream = "stdout" if scope == TEXT else None
+    return Row(1, 1, 9, None, scope, body, stream, encoded, attributes.get("event.name"), 0, None, 0, 0)
 
 
 def resource(**attributes: Any) -> Resource:
@@ -63,15 +66,15 @@ def test_the_split_of_skyrl_and_harbor(tmp_path: Path) -> None:
     other = resource(service__instance__id="o")
     routed = [
         (row("vllm.v1.engine", "x"), engine),
-        (row("skyrl_otel.text", "(EngineCore pid=7) anything"), engine),
-        (row("skyrl_otel.text", "native words"), engine),
+        (row(TEXT, "(EngineCore pid=7) anything"), engine),
+        (row(TEXT, "native words"), engine),
         (row("skyrl.trainer", "x"), trainer),
-        (row("skyrl_otel.text", "printed"), trainer),
+        (row(TEXT, "printed"), trainer),
         (row("examples.gsm8k", "x"), engine),
-        (row("skyrl_otel.text", "nobody's"), other),
+        (row(TEXT, "nobody's"), other),
         (row("ray.data", "x"), trainer),
     ]
-    assert [router.route(*pair) for pair in routed] == [
+    assert [router.route(*pair).path for pair in routed] == [
         "vllm.log",
         "vllm.log",
         "vllm.log",
@@ -87,12 +90,113 @@ def test_a_tree_by_component_and_rank(tmp_path: Path) -> None:
     router = Router(rules(tmp_path, TREE))
     policy = resource(skyrl__role="policy", skyrl__rank=3)
     env = resource(skyrl__rank=1)
-    assert router.route(row("a", "x"), policy) == "trainer/rank_3.log"
-    assert (
-        router.route(row("a", "x", **{"skyrl.env": "../../etc/passwd"}), env)
-        == "env_workers/_.._etc_passwd/worker_1.log"
-    )
-    assert router.route(row("a", "x"), env) is None
+    assert router.route(row("a", "x"), policy) == ("trainer/rank_3.log", "")
+    escaping = row("a", "x", **{"skyrl.env": "../../etc/passwd"})
+    assert router.route(escaping, env) == ("env_workers/_.._etc_passwd/worker_1.log", "")
+    assert router.route(row(TEXT, "x"), env) == (None, ""), "rules by attributes alone need not wait for anything"
+
+
+class Site:
+    """A collector's committer that can be killed and started again."""
+
+    def __init__(self, root: Path, text: str) -> None:
+        self.logs = root / "logs"
+        self.logs.mkdir()
+        self._root, self._rules = root, rules(root, text)
+        self.start()
+
+    def start(self) -> None:
+        self._store = Store(self._root / "store.db", run_id="r")
+        known = self._store.texts()
+        channels = {
+            name: TextFile(self.logs / f"{name}.log", known.get(name, (None, 0))[1]) for name in ("infra", "progress")
+        }
+        texts = Texts(channels, self.logs, known)
+        router = Router(self._rules)
+        self.committer = Committer(self._store, texts, max_bytes=1 << 40, say=print, router=router)
+        self.committer.start()
+
+    def add(self, owner: Resource, *rows: Row) -> None:
+        self.committer.submit(Batch((owner,), rows, {})).result(30)
+
+    def die(self) -> None:
+        """The store as a kill leaves it; nothing that waits is settled."""
+        self.committer._router.give_up = lambda before_s: None  # type: ignore[method-assign]
+        self.stop()
+
+    def stop(self) -> None:
+        self.committer.stop(30)
+        self._store.close()
+
+    def bodies(self, name: str) -> list[str]:
+        path = self.logs / name
+        return [line.split()[-1] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path, SPLIT)
+    yield site
+    site.stop()
+
+
+def test_what_an_engine_prints_before_its_first_record_is_in_its_file(site: Site) -> None:
+    engine = resource(service__instance__id="e", host__name="h", process__pid=7)
+    early = resource(service__instance__id="before-it-was-an-actor", host__name="h", process__pid=7)
+    site.add(early, row(TEXT, "native-0"))
+    site.add(engine, row(TEXT, "native-1"), row("c10", "native-2")._replace(stream="stderr"))
+    assert not site.bodies("rest.log") and not site.bodies("vllm.log")
+    site.add(engine, row(TEXT, "native-3"), row("vllm.platforms", "platform"), row("skyrl.server", "ready"))
+    site.add(engine, row(TEXT, "native-4"), row("ray.data", "other"))
+    assert site.bodies("vllm.log") == ["native-0", "native-1", "native-2", "native-3", "platform", "native-4"]
+    assert site.bodies("skyrl.log") == ["ready"] and site.bodies("rest.log") == ["other"]
+
+
+def test_what_waits_survives_a_kill_and_goes_on_in_the_next_life(site: Site) -> None:
+    engine, other = resource(service__instance__id="e", process__pid=7), resource(service__instance__id="o")
+    site.add(engine, row(TEXT, "native-0"))
+    site.add(other, row(TEXT, "nobodys"))
+    site.die()
+    site.start()
+    site.add(engine, row(TEXT, "native-1"), row("vllm.platforms", "platform"))
+    assert site.bodies("vllm.log") == ["native-0", "native-1", "platform"] and not site.bodies("rest.log")
+
+
+def test_a_batch_that_cannot_be_stored_leaves_waiting_what_waited(site: Site) -> None:
+    engine = resource(service__instance__id="e", process__pid=7)
+    site.add(engine, row(TEXT, "native-0"))
+    broken = row("vllm.x", "platform")._replace(time=object())  # type: ignore[arg-type]
+    with pytest.raises(BadRequest):
+        site.add(engine, broken)
+    assert not site.bodies("vllm.log")
+    site.add(engine, row("vllm.x", "platform"))
+    assert site.bodies("vllm.log") == ["native-0", "platform"]
+
+
+def test_lines_of_a_process_that_no_record_places_wait_for_its_end_at_most(site: Site) -> None:
+    mute = resource(service__instance__id="m", process__pid=8)
+    site.add(mute, row(TEXT, "printed"))
+    assert not site.bodies("rest.log")
+    end = row("skyrl_otel.agent", "ended", **{"event.name": "skyrl.process.end"})
+    site.add(mute, end)
+    assert site.bodies("rest.log") == ["printed", "ended"]
+    site.add(mute, row(TEXT, "late"))
+    assert site.bodies("rest.log") == ["printed", "ended", "late"]
+
+
+def test_lines_wait_until_the_run_ends_at_most_and_five_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, SPLIT)
+    site.add(resource(service__instance__id="m", process__pid=8), row(TEXT, "printed"))
+    site.stop()
+    assert site.bodies("rest.log") == ["printed"]
+    site.start()
+    monkeypatch.setattr("skyrl_otel.collector.committer.WAIT_S", -1.0)
+    site.add(resource(service__instance__id="n", process__pid=9), row(TEXT, "waited"))
+    site.add(resource(service__instance__id="n", process__pid=9), row(TEXT, "at-once"))
+    assert site.bodies("rest.log") == ["printed", "waited", "at-once"]
+    site.stop()
 
 
 @given(st.text())
@@ -130,7 +234,6 @@ class Life:
         self.store = Store(folder / "store.db", run_id="r")
         channels = {name: TextFile(self.logs / f"{name}.log", 0) for name in ("infra", "progress")}
         router = Router(rules(folder, text))
-        router.restore(self.store.followed())
         texts = Texts(channels, self.logs, self.store.texts())
         self.committer = Committer(self.store, texts, max_bytes=1 << 40, say=print, router=router)
         self.committer.start()

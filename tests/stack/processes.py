@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tests.stack.output import keep
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEPLOY = CHECKOUT / "deploy" / "collector"
 TOKEN = "stack-test-token"
@@ -134,6 +136,7 @@ class Process:
         self._reader.join(10)
         self._process.stdout.close()
         self._process = None
+        keep(Path(self.command[0]).name, [self.log])
 
     def cpu_s(self) -> float:
         """Seconds of both kinds that the process has used."""

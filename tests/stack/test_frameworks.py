@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sqlite3
 import subprocess
 import sys
@@ -11,11 +13,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from skyrl_otel.collector.decode import Row
+from skyrl_otel.collector.resource import Resource, read_resource
+from skyrl_otel.collector.text import LineFormat
 from tests.capture.conftest import Host, environment, host, spool, written
 from tests.capture.frames import taken
+from tests.stack.output import keep, output_below
 
 __all__ = ["host", "spool"]  # fixtures of the capture tests
 
@@ -24,11 +31,17 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 ROUTES = """
 [[route]]
-match = { scope = "vllm*", process = ["EngineCore*", "VLLM*"] }
+match = { scope = "vllm*", process = "EngineCore*" }
 to = "vllm.log"
 [[route]]
+match = { scope = ["skyrl*", "harbor*", "examples*"] }
 to = "skyrl.log"
+[[route]]
+to = "rest.log"
 """
+FILES = ("vllm.log", "skyrl.log", "rest.log")
+TOKEN = re.compile(r"tok-[0-9a-f]{32}")
+SPEAKER = "tests.stack.programs.vllm_speaker"
 
 
 def _script(name: str) -> str:
@@ -73,98 +86,231 @@ logger.complete()
         assert all(folder.text(name) == b"" for folder in written(spool) for name in ("out", "err"))
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stored:
+    """A record in the store."""
+
+    row: Row
+    resource: Resource
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return json.loads(self.row.attributes) if self.row.attributes else {}
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child where the line names one."""
+        return self.attributes.get("process.pid", self.resource.pid)
+
+    @property
+    def text(self) -> str:
+        """As it stands in a text file."""
+        [lines] = filter(None, LineFormat().lines([self.row._replace(resource=0)], [self.resource]).values())
+        return lines[0].rstrip("\n")
+
+
+@dataclass(frozen=True)
 class Job:
-    rows: list[dict[str, object]]
+    records: list[Stored]
     files: dict[str, list[str]]
-    terminal: str
+    ledger: list[dict[str, Any]]
+    vllms_own: list[dict[str, Any]]
+
+    def pids(self, producer: str) -> set[int]:
+        """The processes that said so of themselves in the ledger."""
+        return {said["pid"] for said in self.ledger if said["producer"].startswith(producer)}
 
 
 @pytest.fixture(scope="module")
 def job() -> Iterator[Job]:
     with tempfile.TemporaryDirectory(prefix="sk-vllm-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
-        root = Path(folder)
-        (root / "spool").mkdir(mode=0o700)
-        (root / "settings.toml").write_text(ROUTES)
-        env = {
-            **environment(root / "spool"),
-            "PYTHONPATH": f"{ROOT}",
-            "SKYRL_OTEL_CONFIG": str(root / "settings.toml"),
-            "SKYRL_OTEL_LOG_DIR": str(root / "logs"),
-            "SKYRL_OTEL_DRAIN_S": "60",
-            "SKYRL_OTEL_RAISE": "",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "RAY_TMPDIR": str(root / "ray"),
-            "RAY_AUTH_MODE": "disabled",
-        }
-        # SkyRL's folder last: numpy, torch and the like are the engine's own.
-        python = _script("vllm-env")
-        program = str(ROOT / "tests" / "stack" / "programs" / "vllm_job.py")
-        env["SKYRL_LIB"] = _script("skyrl-env")
-        site = root / "site"
-        site.mkdir()
-        (site / "sitecustomize.py").write_text("import os, sys\nsys.path.append(os.environ['SKYRL_LIB'])\n")
-        env["PYTHONPATH"] = f"{ROOT}:{site}"
-        command = [sys.executable, "-m", "skyrl_otel", "run", "--", python, program, str(root / "model")]
-        (root / "model").mkdir()
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, cwd=root)
-        terminal = done.stdout.decode(errors="replace")
-        print(terminal[-6000:])
-        assert done.returncode == 0, terminal[-3000:]
-        store = next((root / "logs").glob("*.db"))
-        with sqlite3.connect(store) as db:
-            db.row_factory = sqlite3.Row
-            query = (
-                "SELECT records.*, scopes.name AS scope_name, resources.attributes AS who FROM records"
-                " JOIN scopes ON scopes.id = scope JOIN resources ON resources.id = resource"
-            )
-            rows = [dict(row) for row in db.execute(query)]
-        files = {path.name: path.read_text().splitlines() for path in (root / "logs").glob("*.log")}
-        yield Job(rows, files, terminal)
+        yield _run(Path(folder))
 
 
-def _child(row: dict[str, object]) -> str:
-    """Which process a line named in its prefix."""
-    return str(json.loads(str(row["attributes"] or "{}")).get("skyrl.child", ""))
-
-
-def _is_vllms(row: dict[str, object]) -> bool:
-    """The truth, told without the router: by logger, by vLLM's prefix, by the actor."""
-    who = json.loads(str(row["who"]))
-    if _child(row) == "EngineCore" or str(row["scope_name"]).startswith("vllm"):
-        return True
-    return who.get("ray.actor.class", "").startswith("VLLM")
-
-
-def test_each_record_of_a_vllm_actor_is_recorded_once_with_its_logger(job: Job) -> None:
-    tags = Counter((row["scope_name"], row["body"]) for row in job.rows if str(row["body"]).startswith("tag "))
-    loggers = (
-        ("vllm.tagged", "vllm"),
-        ("skyrl.policy", "skyrl"),
-        ("harbor.env", "harbor"),
-        ("examples.train", "examples"),
+def _run(root: Path) -> Job:
+    for name in ("spool", "site", "model"):
+        (root / name).mkdir(mode=0o700)
+    (root / "settings.toml").write_text(ROUTES)
+    (root / "vllm-logging.json").write_text(json.dumps(_vllm_logging(root / "vllms-own.jsonl")))
+    _make_site(root / "site")
+    env = {
+        **environment(root / "spool"),
+        "PYTHONPATH": f"{ROOT}:{root / 'site'}",
+        "SKYRL_LIB": _script("skyrl-env"),
+        "SPEAKERS_LEDGER": str(root / "ledger.jsonl"),
+        "SKYRL_OTEL_CONFIG": str(root / "settings.toml"),
+        "SKYRL_OTEL_LOG_DIR": str(root / "logs"),
+        "SKYRL_OTEL_DRAIN_S": "60",
+        "SKYRL_OTEL_RAISE": "",
+        "VLLM_LOGGING_CONFIG_PATH": str(root / "vllm-logging.json"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_TMPDIR": str(root / "ray"),
+        "RAY_AUTH_MODE": "disabled",
+    }
+    program = str(ROOT / "tests" / "stack" / "programs" / "vllm_job.py")
+    command = [sys.executable, "-m", "skyrl_otel", "run", "--", _script("vllm-env"), program, str(root / "model")]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, cwd=root)
+    terminal = done.stdout.decode(errors="replace")
+    print(terminal[-6000:])
+    keep("vllm-job", output_below(root))
+    assert done.returncode == 0, terminal[-3000:]
+    return Job(
+        records=list(_stored(next((root / "logs").glob("*.db")))),
+        files={path.name: _records_of(path) for path in (root / "logs").glob("*.log")},
+        ledger=[json.loads(line) for line in (root / "ledger.jsonl").read_text().splitlines()],
+        vllms_own=[json.loads(line) for line in (root / "vllms-own.jsonl").read_text().splitlines()],
     )
-    assert tags == Counter((scope, f"tag {name} {n}") for scope, name in loggers for n in range(20))
-    echoes = [row["body"] for row in job.rows if " tag " in str(row["body"])]
-    assert not echoes, "the console's echo was recorded too"
-    assert any(str(row["scope_name"]).startswith("vllm.") for row in job.rows), "vLLM's own records"
 
 
-def test_the_split_puts_each_record_in_its_file(job: Job) -> None:
-    vllm, skyrl = job.files["vllm.log"], job.files["skyrl.log"]
-    firsts = {"vllm.log": set(vllm), "skyrl.log": set(skyrl)}
-    wrong = []
-    for row in job.rows:
-        name, other = ("vllm.log", "skyrl.log") if _is_vllms(row) else ("skyrl.log", "vllm.log")
-        line = str(row["body"]).splitlines()[0][:60] if str(row["body"]).strip() else ""
-        if line and not any(line in found for found in firsts[name]) and any(line in found for found in firsts[other]):
-            wrong.append((name, row["scope_name"], line))
-    assert not wrong
-    records = sum(not line.startswith("    ") for line in vllm + skyrl)
-    assert records == len(job.rows), "a record is in neither file, or in both"
-    core = [row for row in job.rows if _child(row) == "EngineCore"]
-    assert core and any("(EngineCore pid=" in line for line in vllm)
-    assert not any("(EngineCore pid" in line for line in skyrl)
+def _vllm_logging(own: Path) -> dict[str, Any]:
+    """vLLM's own configuration (`vllm/logger.py`), and a file beside its console."""
+    console = {
+        "()": "vllm.logging_utils.NewLineFormatter",
+        "datefmt": "%m-%d %H:%M:%S",
+        "format": "(%(vllm_process_name)s pid=%(process)d) %(levelname)s %(asctime)s "
+        "[%(fileinfo)s:%(lineno)d] %(message)s",
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"vllm": console, "json": {"()": f"{SPEAKER}.AsJson"}},
+        "handlers": {
+            "vllm": {
+                "class": "logging.StreamHandler",
+                "formatter": "vllm",
+                "level": "INFO",
+                "stream": "ext://sys.stdout",
+            },
+            "own": {"class": "logging.FileHandler", "formatter": "json", "level": "INFO", "filename": str(own)},
+        },
+        "loggers": {"vllm": {"handlers": ["vllm", "own"], "level": "INFO", "propagate": False}},
+    }
+
+
+def _make_site(site: Path) -> None:
+    # SkyRL's folder last: numpy, torch and the like are the engine's own.
+    (site / "sitecustomize.py").write_text("import os, sys\nsys.path.append(os.environ['SKYRL_LIB'])\n")
+    plugin = site / "speaker-1.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: speaker\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text(f"[vllm.general_plugins]\nspeaker = {SPEAKER}:plugin\n")
+
+
+def _stored(store: Path) -> Iterator[Stored]:
+    columns = ", ".join("scopes.name" if name == "scope" else f"records.{name}" for name in Row._fields)
+    with sqlite3.connect(store) as db:
+        query = (
+            f"SELECT {columns}, resources.attributes FROM records"
+            " JOIN scopes ON scopes.id = scope JOIN resources ON resources.id = resource"
+        )
+        for *values, resource in db.execute(query):
+            yield Stored(Row(*values), read_resource(json.loads(resource)))
+
+
+def _records_of(path: Path) -> list[str]:
+    """A text file's records: further lines of one are indented."""
+    return path.read_text().rstrip("\n").replace("\n    ", "\0").split("\n") if path.stat().st_size else []
+
+
+def test_each_token_is_in_the_file_its_producer_belongs_to_and_nowhere_else(job: Job) -> None:
+    told: dict[str, Counter[str]] = {name: Counter() for name in FILES}
+    by_token = {said["token"]: said for said in job.ledger}
+    for said in job.ledger:
+        told[said["file"]][said["token"]] += 1
+    found = {name: Counter(TOKEN.findall("\n".join(job.files[name]))) for name in FILES}
+    for name in FILES:
+        wrong = [by_token.get(token, token) for token in (found[name] - told[name]).elements()]
+        missing = [by_token[token] for token in (told[name] - found[name]).elements()]
+        assert (wrong, missing) == ([], []), name
+    producers = {said["producer"] for said in job.ledger}
+    children = [name for name in producers if "EngineCore" in name or "Worker" in name or "extension" in name]
+    assert len(children) >= 2, f"nobody spoke in the engine's children: {producers}"
+
+
+def test_each_file_is_the_multiset_of_the_records_that_belong_there(job: Job) -> None:
+    """Not only what has a token. Told by who spoke, in the ledger; by logger for records; by the child's prefix."""
+    engines = job.pids("engine") | job.pids("server") | job.pids("plugin") | job.pids("worker extension")
+    skyrls = job.pids("policy") | job.pids("entrypoint")
+    belongs: dict[str, Counter[str]] = {name: Counter() for name in FILES}
+    for record in job.records:
+        scope = record.row.scope
+        if scope.split(".")[0] in ("vllm", "skyrl", "harbor", "examples"):
+            name = "vllm.log" if scope.startswith("vllm") else "skyrl.log"
+        elif record.row.stream is None and not scope.startswith("skyrl_otel"):
+            name = "rest.log"  # a record of a logger that no rule names
+        else:
+            pids = {record.pid, record.resource.pid}
+            name = "vllm.log" if pids & engines else "skyrl.log" if pids & skyrls else "rest.log"
+        belongs[name][record.text.replace("\n    ", "\0")] += 1
+    for name in FILES:
+        found = Counter(job.files[name])
+        assert (list((found - belongs[name]).elements()), list((belongs[name] - found).elements())) == ([], []), name
     for channel in ("infra", "progress"):
         assert not any(lines for name, lines in job.files.items() if name.startswith(channel))
+
+
+def test_vllms_own_log_is_in_the_store_once_with_its_loggers(job: Job) -> None:
+    """What vLLM wrote into a file of its own, against records in Ray's processes: logger, level, message, as multisets."""
+    children = {record.pid for record in job.records if record.attributes.get("skyrl.child")}
+    own = Counter(
+        (said["pid"], said["logger"], said["level"], said["message"])
+        for said in job.vllms_own
+        if said["pid"] not in children
+    )
+    stored = Counter(
+        (record.resource.pid, record.row.scope, record.row.severity_text, str(record.row.body))
+        for record in job.records
+        if record.row.stream is None and record.row.scope.split(".")[0] == "vllm"
+    )
+    assert own - stored == Counter()
+    # More is there only from before vLLM opened its file: it logs while it is imported, and configures its logging later.
+    opened = {said["pid"]: said["time_unix_nano"] for said in reversed(job.vllms_own)}
+    since = Counter(
+        (record.resource.pid, record.row.scope, record.row.severity_text, str(record.row.body))
+        for record in job.records
+        if record.row.stream is None
+        and record.row.scope.split(".")[0] == "vllm"
+        and record.row.time >= opened.get(record.resource.pid or 0, math.inf) - 1000  # what a float of seconds rounds
+    )
+    assert since == own
+    assert (stored - own).keys() & own.keys() == set(), "twice"
+    vllms = [record for record in own.elements() if not TOKEN.match(record[3])]
+    assert len(vllms) >= 10 and len({logger for _, logger, _, _ in vllms}) >= 5, vllms
+
+
+def test_the_log_of_vllms_children_is_in_the_store_once_as_text(job: Job) -> None:
+    """EngineCore and its workers are spawned, without our hook: all that they print is there, but not the logger.
+
+    Line by line: vLLM's console puts the header before each line of a message, and two messages of one place and second
+    have the same.
+    """
+    stored: Counter[tuple[int | None, str, str]] = Counter()
+    for record in job.records:
+        if record.attributes.get("skyrl.child"):
+            for line in str(record.row.body).split("\n"):
+                stored[record.pid, record.row.severity_text or "", line.rstrip()] += 1
+            assert record.row.scope == "vllm"
+    children = {pid for pid, _, _ in stored}
+    own: Counter[tuple[int | None, str, str]] = Counter()
+    for said in job.vllms_own:
+        if said["pid"] in children:
+            own.update((said["pid"], said["level"], line.rstrip()) for line in said["message"].split("\n"))
+    assert (list((own - stored).elements()), list((stored - own).elements())) == ([], [])
+    names = {record.attributes.get("skyrl.child") for record in job.records}
+    assert {"EngineCore", "Worker"} <= names and own.total() > 20
+    assert job.pids("plugin in EngineCore") & children and job.pids("worker extension") & children
+
+
+def test_skyrls_and_harbors_records_have_their_loggers_and_no_echo(job: Job) -> None:
+    logged = [said for said in job.ledger if said["how"].startswith(("log:", "loguru:"))]
+    children = job.pids("plugin") | job.pids("worker extension")
+    expected = Counter((said["token"], said["how"].partition(":")[2]) for said in logged if said["pid"] not in children)
+    found = Counter(
+        (match[0], record.row.scope)
+        for record in job.records
+        if (match := TOKEN.search(str(record.row.body))) and record.row.stream is None
+    )
+    assert expected - found == Counter(), "not recorded, or by another logger's name"
+    assert found.keys() <= {(said["token"], said["how"].partition(":")[2]) for said in logged}
+    assert set(found.values()) == {1}

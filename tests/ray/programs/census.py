@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 RANKS = 8
@@ -180,16 +181,25 @@ class Scribe:
         for process in children:
             process.wait()
 
-    def clobber(self) -> int:
-        """Lose what of stderr is not yet read: ``>`` reopens the file and empties it. Returns the size it had."""
-        for n in range(DOOMED):
-            os.write(2, f"doomed {n}\n".encode())
-        time.sleep(2.5)  # seen for certain, by an agent that may be restarting
+    def clobber(self, stage: str) -> tuple[int, int]:
+        """Lose what of stderr is not yet read: ``>`` reopens the file and empties it.
+
+        `stage` is a folder by which the test is told to hold the receiver's answers: an agent that waits for one looks at
+        sizes, and sends nothing. Returns the size the file had, and how many bytes of it were written meanwhile.
+        """
+        place = Path(stage)
+        (place / "hold").touch()
+        while not (place / "held").exists():  # so that there is a request to hold
+            os.write(2, b"before\n")
+            time.sleep(0.05)
+        doomed = sum(os.write(2, f"doomed {n}\n".encode()) for n in range(DOOMED))
+        time.sleep(2.5)  # seen for certain, by an agent that may have been restarted just before
         size = os.fstat(2).st_size
         subprocess.run(["sh", "-c", "echo clobbered > /dev/stderr"], check=True)
         time.sleep(0.5)
         os.write(2, b"after all\n")
-        return size
+        (place / "over").touch()
+        return size, doomed
 
 
 class Victim:
@@ -234,9 +244,10 @@ def main() -> None:
     except ray.exceptions.RayActorError:
         print("census: the victim is dead", flush=True)
     ray.get(done)
-    clobbered = ray.get(scribes[CLOBBERED_RANK].clobber.remote())
+    clobbered, doomed_bytes = ray.get(scribes[CLOBBERED_RANK].clobber.remote(os.path.dirname(facts_file)))
+    found = {"scribes": facts, "victim": victim_pid, "clobbered_bytes": clobbered, "doomed_bytes": doomed_bytes}
     with open(facts_file, "w") as out:
-        json.dump({"scribes": facts, "victim": victim_pid, "clobbered_bytes": clobbered}, out)
+        json.dump(found, out)
     print("census: all have written", flush=True)
 
 

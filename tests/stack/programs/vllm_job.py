@@ -9,6 +9,8 @@ import sys
 
 import ray
 
+from tests.stack.programs.vllm_speaker import PRINTED, REST, SKYRL, VLLM, say
+
 
 def tiny_model(folder: str) -> str:
     """A Llama of one layer and a tokenizer of 128 words, in `folder`."""
@@ -41,33 +43,44 @@ class VLLMEngine:
     def __init__(self, folder: str) -> None:
         from skyrl.train.utils.utils import configure_ray_worker_logging
 
+        say("engine, before its first record", VLLM, *PRINTED)
         configure_ray_worker_logging()
         from vllm import LLM
 
-        self.llm = LLM(tiny_model(folder), load_format="dummy", enforce_eager=True, max_model_len=128, dtype="float32")
+        self.llm = LLM(
+            tiny_model(folder),
+            load_format="dummy",
+            enforce_eager=True,
+            max_model_len=128,
+            dtype="float32",
+            worker_extension_cls="tests.stack.programs.vllm_speaker.Extension",
+        )
         configure_ray_worker_logging()
 
     def generate(self, count: int) -> int:
         from vllm import SamplingParams
 
-        for number in range(count):
-            logging.getLogger("vllm.tagged").info("tag vllm %d", number)
-        logging.getLogger("vllm.tagged").warning("vllm warns")
+        for _ in range(count):
+            say("engine", VLLM, *PRINTED, "log:vllm.tagged")
+            say("engine", SKYRL, "log:skyrl.inference", "loguru:skyrl.inference")
+            say("engine", REST, "log:other.library")
         outputs = self.llm.generate(["w1 w2 w3"], SamplingParams(max_tokens=8))
+        self.llm.collective_rpc("speak")
         return len(outputs)
 
 
 @ray.remote(num_cpus=1)
 class PolicyWorker:
     def train(self, count: int) -> None:
-        from loguru import logger
         from skyrl.train.utils.utils import configure_ray_worker_logging
 
+        say("policy, before its first record", SKYRL, *PRINTED)
         for number in range(count):
             configure_ray_worker_logging()
             logging.basicConfig(force=True, level="INFO") if number % 2 else None
-            logging.getLogger("skyrl.policy").info("tag skyrl %d", number)
-            logger.bind(stdlib_logger="harbor.env").info("tag harbor {}", number)
+            say("policy", SKYRL, "log:skyrl.policy", "loguru:harbor.env", *PRINTED)
+            say("policy", VLLM, "log:vllm.distributed")
+            say("policy", REST, "log:other.library")
 
 
 @ray.remote(num_cpus=1)
@@ -75,15 +88,26 @@ def skyrl_entrypoint(folder: str) -> None:
     from skyrl.train.utils.utils import configure_ray_worker_logging
 
     configure_ray_worker_logging()
-    engine, policy = VLLMEngine.remote(folder), PolicyWorker.remote()
+    say("entrypoint, before its first record", SKYRL, *PRINTED)
+    engine, policy, served = VLLMEngine.remote(folder), PolicyWorker.remote(), serve.remote()
     ray.get(policy.train.remote(20))
+    say("entrypoint", SKYRL, *["log:examples.train"] * 20, *PRINTED)
     print("generated", ray.get(engine.generate.remote(20)))
-    for number in range(20):
-        logging.getLogger("examples.train").info("tag examples %d", number)
+    print("served by", ray.get(served))
+
+
+@ray.remote(num_cpus=0)
+def serve() -> str:
+    """In a process of its own: to name the actor's class is to import vLLM."""
+    from tests.stack.programs.vllm_server import Server
+
+    version: str = ray.get(ray.remote(num_cpus=0)(Server).remote().version.remote())
+    return version
 
 
 if __name__ == "__main__":
     # SkyRL's package brings more than its logging; what the engine's own environment lacks is looked for behind it.
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True)
+    say("driver", REST, "print")
     ray.get(skyrl_entrypoint.remote(sys.argv[1]))
     ray.shutdown()
