@@ -296,6 +296,10 @@ def start(config: Config, run_id: str, *, quietly: bool = False) -> Runtime | No
             return None
         if _runtime is None:
             atexit.register(_at_exit)
+        else:
+            # A forked child begins anew: what the parent's recording would take and write is this process's now.
+            with guard.guarded("runtime.of_parent"):
+                _runtime.recording.stop()
         _runtime = Runtime(config, run)
         provide(_recording)
         if _is_alone(config):
