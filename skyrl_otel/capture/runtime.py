@@ -198,6 +198,9 @@ class Runtime:
 
     def look_after(self) -> None:
         """Start the work of the watch thread: the agent, and the rank if it is still to come."""
+        # Not left to the watch thread: a child forked within its import of `subprocess` would find that locked for ever.
+        from skyrl_otel.capture import launch  # noqa: F401
+
         self.watch.add("agent", self.ensure_agent)
         identity.on_process_group(self.publish)
         self.await_rank()
