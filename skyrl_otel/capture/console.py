@@ -64,9 +64,12 @@ class Console:
                 _write_all(descriptor, piece)
             return True
         if mode == "note":
-            if os.write(descriptor, data) == len(data):
-                with guard.guarded("console.note"):
-                    self._note(descriptor, data)
+            written = os.write(descriptor, data)
+            if written < len(data):  # in two writes somebody else's may stand between: then both stay
+                _write_all(descriptor, data[written:])
+                return True
+            with guard.guarded("console.note"):
+                self._note(descriptor, data)
             return True
         return mode == "skip"
 

@@ -29,6 +29,7 @@ class Recording:
         self.console = Console(self.records)
         self.take: Take = make_take(self.records, levels, takeover.is_loguru_s)
         self._levels = levels
+        self._is_over = False
         self._told: dict[str, Any] = {}
         self._told_at = 0.0
         self._telling = threading.Lock()  # only ever tried: a signal handler may log, and lose it, within a telling
@@ -41,12 +42,15 @@ class Recording:
         after_import("loguru", self._tap)
 
     def _tap(self, _: ModuleType) -> None:
+        if self._is_over:  # it was still waiting for the import; a later recording waits behind it
+            return
         from skyrl_otel.capture import loguru_tap
 
         loguru_tap.install(self.records, self._levels, self.console)
 
     def stop(self) -> None:
-        """Give everything back."""
+        """Give everything back, for good."""
+        self._is_over = True
         self.console.modes.clear()
         takeover.remove()
         import sys

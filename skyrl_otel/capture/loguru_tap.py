@@ -60,7 +60,7 @@ class Tap:
             extra = _local.extra = record["extra"]
             level = record["level"]
             name = (extra.get(_ORIGIN) if extra else None) or record["name"] or ""
-            if _is_forwarded(record, level.no, sys._getframe(3)):
+            if _is_forwarded(record, level.no, _caller()):
                 return
             # A patched record may claim any of these, and a number may have a name or none.
             key = (name, record["file"].path, record["line"], record["function"], level.no, level.name)
@@ -135,6 +135,14 @@ def _is_forwarded(record: Any, level: int, caller: FrameType | None) -> bool:
     if record["function"] != caller.f_code.co_name or record["file"].path != caller.f_code.co_filename:
         return True
     return level == original.levelno
+
+
+def _caller() -> FrameType | None:
+    """Who called loguru; None where that was no Python: `atexit.register(logger.info, …)`."""
+    try:
+        return sys._getframe(4)
+    except ValueError:
+        return None
 
 
 _HANDLE = logging.Handler.handle.__code__

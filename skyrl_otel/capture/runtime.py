@@ -198,6 +198,9 @@ class Runtime:
 
     def look_after(self) -> None:
         """Start the work of the watch thread: the agent, and the rank if it is still to come."""
+        # Not left to the watch thread: a child forked within its import of `subprocess` would find that locked for ever.
+        from skyrl_otel.capture import launch  # noqa: F401
+
         self.watch.add("agent", self.ensure_agent)
         identity.on_process_group(self.publish)
         self.await_rank()
@@ -297,6 +300,10 @@ def start(config: Config, run_id: str, *, quietly: bool = False) -> Runtime | No
             return None
         if _runtime is None:
             atexit.register(_at_exit)
+        else:
+            # A forked child begins anew: what the parent's recording would take and write is this process's now.
+            with guard.guarded("runtime.of_parent"):
+                _runtime.recording.stop()
         _runtime = Runtime(config, run)
         provide(_recording)
         if _is_alone(config):

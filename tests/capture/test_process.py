@@ -220,6 +220,24 @@ while libc.ftrylockfile(stdin) == 0: libc.funlockfile(stdin)
         os.close(master)
 
 
+def test_invariant_1_a_child_forked_right_after_attach_can_import(host: Host) -> None:
+    """No thread of ours is within an import then, whose lock would be closed in the child for ever."""
+    for delay_s in (0, 0.0005, 0.001, 0.002, 0.003, 0.005) * 2:
+        host(
+            ATTACH
+            + f"""
+import os, signal, time
+time.sleep({delay_s})
+pid = os.fork()
+if pid == 0:
+    signal.alarm(5)
+    import subprocess
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+        )
+
+
 def test_attach_twice_is_once_and_detach_puts_everything_back(host: Host, spool: Path) -> None:
     done = host(
         """

@@ -494,3 +494,29 @@ running.recording.tell_losses()
     assert [record.body for record in taken(folder.path)] == ["before", "after"]
     assert folder.facts["lost"]["records"] == 100 and "large" in folder.facts["lost"]["why"]
     assert os.listdir(folder.path)
+
+
+def test_a_forked_child_that_attaches_begins_anew(host: Host, spool: Path) -> None:
+    host(
+        """
+import logging, os, skyrl_otel
+skyrl_otel.attach(channel="infra", role="driver")
+logging.warning("of the parent")
+pid = os.fork()
+if pid == 0:
+    skyrl_otel.attach(role="env", rank=3, channel="infra")
+    logging.warning("of the child")
+    from loguru import logger; logger.warning("by loguru")
+    os._exit(0)
+os.waitpid(pid, 0)
+logging.warning("of the parent again")
+"""
+    )
+    found = {w.facts["role"]: [r.body for r in taken(w.path)] for w in written(spool)}
+    assert found == {"driver": ["of the parent", "of the parent again"], "env": ["of the child", "by loguru"]}
+    assert text(spool) == b"", "no echo is recorded beside its record"
+
+
+def test_loguru_without_a_python_caller(host: Host, spool: Path) -> None:
+    host(INFRA + "import atexit\nfrom loguru import logger\natexit.register(logger.info, 'bye')")
+    assert [record.body for record in records(spool)] == ["bye"]
