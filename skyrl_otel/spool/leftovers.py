@@ -73,8 +73,9 @@ def tidy(root: Path, own: str) -> None:
             with contextlib.suppress(OSError):
                 _tidy(run)
     with contextlib.suppress(OSError):
-        for grave in root.glob(f"{_GRAVE}*"):  # of a process that was killed over it
-            _bury(grave, untouched=_is_quiet(grave))
+        for grave in root.glob(f"{_GRAVE}*"):
+            if _is_quiet(grave):  # else somebody is at it; this one's process was killed over it
+                _bury(grave, untouched=True)
 
 
 def _tidy(run: RunDir) -> None:

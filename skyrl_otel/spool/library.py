@@ -46,7 +46,10 @@ def keep(run: RunDir) -> Path:
         lib = ensure(run)
         if lib in _kept:
             return lib
-        descriptor = os.open(lib, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        opened = os.open(lib, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # A launcher whose stdout is closed must find it closed: not under a number that means something.
+        descriptor = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(opened)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), os.stat(lib)):

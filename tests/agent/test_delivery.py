@@ -317,6 +317,8 @@ def test_an_agent_ends_when_all_is_delivered_and_comes_back_for_the_next(node: N
     folder.close()
     wait_for(lambda: not locks.is_held(node.run.agent_lock), 30)
     assert not list(node.run.writers())
+    assert not node.run.token.exists(), "who comes next brings it"
+    node.ship()
     again = node.writer(role="r")
     os.write(again.fds["out"], b"second\n")
     node.start()

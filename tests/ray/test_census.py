@@ -18,7 +18,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -100,7 +99,7 @@ class Killer:
     def _stand_between(self) -> None:
         shipping = token.read(self.run)
         if shipping is not None and shipping.endpoint != self._endpoint:
-            token.write(self.run, replace(shipping, endpoint=self._endpoint))
+            token.write(self.run, shipping._replace(endpoint=self._endpoint))
 
     @property
     def is_holding(self) -> bool:

@@ -81,7 +81,7 @@ ray.get(Actor.remote().work.remote())
 """,
         env={"SKYRL_OTEL_LEVELS": "vllm=ERROR"},
     )
-    found = [(record.scope, record.severity) for writer in ran.writers for record in taken(writer.path)]
+    found = [(record.scope, record.severity) for record in taken(ran.actor("Actor").path)]
     assert found == [("vllm.engine", 17), ("mine", 9), ("mine", 17)]
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from skyrl_otel.capture import guard, identity, runtime
@@ -42,10 +42,8 @@ _PASSED_ON = frozenset(
 )
 # What a cluster that is started here must not see: Ray copies the driver's environment into every worker.
 _HIDDEN = frozenset({"launched", "terminal_fd"})
-# How often the driver looks on which nodes it has workers, and how long it may take over that when it ends.
-_LOOK_S, _LAST_LOOK_S = 10.0, 0.05
-# How long each of two questions to the cluster may take over which a driver that ends takes its secret out of it.
-_FORGET_S = 0.02
+# How often the driver looks on which nodes it has workers, and how long each of its last two words to the cluster may take.
+_LOOK_S, _LAST_S = 10.0, 0.05
 _served: set[str] = set()
 _ended_jobs: set[str] = set()
 _HIDDEN_NAMES = tuple(name for v in VARIABLES if v.secret or v.field in _HIDDEN for name in v.names)
@@ -115,33 +113,55 @@ def _wrap_shutdown(ray: Any, ray_worker: Any) -> None:
 @guard.never_raises
 def _note_shutdown() -> None:
     running = runtime.current()
-    if running is not None and "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        replace_file(running.run.path / "shutdown", str(time.time_ns()).encode())
-        _note_nodes(running, _LAST_LOOK_S)
-        _forget(running)
+    if running is None or "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return
+    from ray.exceptions import RpcError
+
+    replace_file(running.run.path / "shutdown", str(time.time_ns()).encode())
+    with suppress(RpcError):  # a GCS that is gone or slow: it will not hold the driver up
+        _take_leave(running)
 
 
-def _forget(running: runtime.Runtime) -> None:
-    """Take the receiver's address and secret out of the cluster, which may live for months. Nobody needs them from here on:
-    each node with workers has a token, and no other will get one, for Ray ends a job's workers with its driver."""
+def _take_leave(running: runtime.Runtime) -> None:
+    """Leave the launcher a last list of nodes, and take the receiver's address and secret out of the cluster, which may live
+    for months. Nobody needs them from here on: each node with workers has a token, and no other will get one, for Ray ends a
+    job's workers with its driver. Raises RpcError."""
     import ray._private.worker as ray_worker
 
     job_id = ray_worker.global_worker.current_job_id.hex()
     _ended_jobs.add(job_id)
-    kv.forget(running.run.run_id, job_id, _FORGET_S)
+    if not _note_nodes(running, _LAST_S).outlives:
+        kv.forget(running.run.run_id, job_id, _LAST_S)
 
 
-def _note_nodes(running: runtime.Runtime, timeout_s: float) -> float | None:
-    """Leave the launcher a list of the nodes on which this job has had workers: it waits for their agents at the end."""
+def _note_nodes(running: runtime.Runtime, timeout_s: float) -> kv.Job:
+    """Leave the launcher a list of the nodes on which this job has had workers: it waits for their agents at the end.
+
+    Raises RpcError.
+    """
     import ray._private.worker as ray_worker
 
-    worker = ray_worker.global_worker
-    if not worker.connected:
-        return None
-    names = kv.announced_nodes(running.run.run_id, worker.current_job_id.hex(), timeout_s)
-    if names:
-        replace_file(running.run.path / "nodes", json.dumps(names).encode())
-    return _LOOK_S
+    found = kv.look(running.run.run_id, ray_worker.global_worker.current_job_id.hex(), timeout_s)
+    if found.nodes:
+        replace_file(running.run.path / "nodes", json.dumps(found.nodes).encode())
+    return found
+
+
+class _NodesTask:
+    """A task: keep that list up to date while the job runs, for a driver that ends without a word."""
+
+    def __init__(self, running: runtime.Runtime) -> None:
+        self._running = running
+
+    def __call__(self) -> float | None:
+        import ray._private.worker as ray_worker
+        from ray.exceptions import RpcError
+
+        if not ray_worker.global_worker.connected:
+            return None
+        with suppress(RpcError):
+            _note_nodes(self._running, _LOOK_S)
+        return _LOOK_S
 
 
 class _Prepared:
@@ -282,7 +302,7 @@ def _after_init(run: RunDir) -> None:
     files = node.SessionFiles(running.run, session, job_id, from_start=own_session, facts=node.facts(worker))
     files.start(running.watch)
     running.watch.add("agent", running.ensure_agent)
-    running.watch.add("nodes", lambda: _note_nodes(running, _LOOK_S), _LOOK_S)
+    running.watch.add("nodes", _NodesTask(running), _LOOK_S)
 
 
 class _Unwrapped:

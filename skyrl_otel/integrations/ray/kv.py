@@ -5,13 +5,14 @@ drivers of one run on one cluster do not end each other's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from skyrl_otel.spool.token import Shipping
 
 NAMESPACE = "skyrl-otel"
 _ENCODED = NAMESPACE.encode()
 _DETACHED = b"detached"
+_NODES = b"nodes/"
 
 
 def put_shipping(run_id: str, job_id: str, shipping: Shipping) -> bool:
@@ -37,14 +38,22 @@ def announce_node(run_id: str, job_id: str, node: str, timeout_s: float) -> None
     """Tell the driver that this job has workers on `node`, a host name. Raises as `get_shipping`."""
     client = _client()
     if client is not None:
-        client.internal_kv_put(_prefix(run_id, job_id) + b"nodes/" + node.encode(), b"", True, _ENCODED, timeout_s)
+        client.internal_kv_put(_prefix(run_id, job_id) + _NODES + node.encode(), b"", True, _ENCODED, timeout_s)
 
 
-def announced_nodes(run_id: str, job_id: str, timeout_s: float) -> list[str]:
-    """The host names that were announced. Raises as `get_shipping`."""
-    client, prefix = _client(), _prefix(run_id, job_id) + b"nodes/"
-    keys = client.internal_kv_keys(prefix, _ENCODED, timeout_s) if client else []
-    return sorted(key[len(prefix) :].decode() for key in keys)
+class Job(NamedTuple):
+    """What is there of a job: `nodes` are the host names that were announced, `outlives` whether an actor of it lives on."""
+
+    nodes: list[str]
+    outlives: bool
+
+
+def look(run_id: str, job_id: str, timeout_s: float) -> Job:
+    """Raises as `get_shipping`."""
+    client, prefix = _client(), _prefix(run_id, job_id)
+    keys = [key[len(prefix) :] for key in client.internal_kv_keys(prefix, _ENCODED, timeout_s)] if client else []
+    nodes = sorted(key.removeprefix(_NODES).decode() for key in keys if key.startswith(_NODES))
+    return Job(nodes, _DETACHED in keys)
 
 
 def outlives_driver(run_id: str, job_id: str, timeout_s: float) -> None:
@@ -55,10 +64,10 @@ def outlives_driver(run_id: str, job_id: str, timeout_s: float) -> None:
 
 
 def forget(run_id: str, job_id: str, timeout_s: float) -> None:
-    """Remove what was put for a job that ends, unless an actor of it lives on. Raises as `get_shipping`."""
-    client, prefix = _client(), _prefix(run_id, job_id)
-    if client is not None and not client.internal_kv_keys(prefix + _DETACHED, _ENCODED, timeout_s):
-        client.internal_kv_del(prefix, True, _ENCODED, timeout_s)
+    """Remove what was put for a job that ends. Raises as `get_shipping`."""
+    client = _client()
+    if client is not None:
+        client.internal_kv_del(_prefix(run_id, job_id), True, _ENCODED, timeout_s)
 
 
 def _prefix(run_id: str, job_id: str) -> bytes:
