@@ -17,6 +17,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import get_ident
 from typing import NamedTuple
 
 from skyrl_otel.config import is_run_id
@@ -250,7 +251,7 @@ def write_all(descriptor: int, content: bytes) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace `path` so that a reader, or a kill at any moment, sees the old content or the new. Raises OSError."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")  # two threads may replace it at once
     try:
         descriptor = open_file(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:

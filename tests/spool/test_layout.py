@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,23 @@ def test_newest_run_first(spool_root: Path) -> None:
         layout.write_run_file(layout.open_run(spool_root, name), project="", log_dir="", argv=[])
     assert [run.run_id for run in layout.existing_runs(spool_root)] == ["c", "b", "a"]
     assert layout.existing_runs(spool_root / "none") == []
+
+
+def test_two_threads_may_replace_a_file_at_once(spool_root: Path) -> None:
+    path = spool_root / "token"
+    failures: list[OSError] = []
+
+    def replace() -> None:
+        for _ in range(300):
+            try:
+                layout.replace_file(path, b"x" * 100)
+            except OSError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=replace) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert path.read_bytes() == b"x" * 100 and len(list(spool_root.iterdir())) == 1
