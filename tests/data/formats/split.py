@@ -1,6 +1,6 @@
 """Takes the output of programs that log what they like apart, by the columns that their sources promise.
 
-Written without a look at the patterns in `skyrl_otel/agent/formats`, and with other means: what both find is likely so.
+By other means than the patterns in `skyrl_otel/agent/formats`: what both find is likely so.
 """
 
 from __future__ import annotations
