@@ -20,7 +20,7 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from skyrl_otel.agent.star
 _BOOT_COLLECTOR = (
     "import sys; sys.path[:1] = [sys.argv[1]]; from skyrl_otel.terminal.detached import main; main(*sys.argv[2:])"
 )
-_COLLECTOR_NEEDS = ("aiohttp", "opentelemetry")
+_COLLECTOR_NEEDS = ("aiohttp", "opentelemetry.proto")
 
 # What the agent may see of the environment. Everything else may hold secrets, and LD_PRELOAD and friends are for training.
 _ALLOWED = (
@@ -69,8 +69,11 @@ def ensure_agent(run: RunDir) -> bool:
     return True
 
 
-def start_collector(run: RunDir, log_dir: Path) -> bool:
+def start_collector(run: RunDir, log_dir: Path, settings_file: str) -> bool:
     """Start the run's embedded collector as a process of its own; returns at once. Two at once elect one by lock.
+
+    Args:
+        settings_file: what SKYRL_OTEL_CONFIG names, relative to here; "" for none, whatever the environment says.
 
     Returns:
         False where its libraries are not installed here.
@@ -78,14 +81,19 @@ def start_collector(run: RunDir, log_dir: Path) -> bool:
     Raises:
         OSError: no process could be started.
     """
-    if any(find_spec(name) is None for name in _COLLECTOR_NEEDS):
+    try:
+        if any(find_spec(name) is None for name in _COLLECTOR_NEEDS):
+            return False
+    except ModuleNotFoundError:  # the parent of one
         return False
+    env = {**os.environ, "SKYRL_OTEL_CONFIG": settings_file and os.path.abspath(os.path.expanduser(settings_file))}
     _collectors.append(
         subprocess.Popen(
             [_interpreter(), "-c", _BOOT_COLLECTOR, str(_PACKAGE_ROOT), str(run.path), str(log_dir)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=env,
             start_new_session=True,
         )
     )

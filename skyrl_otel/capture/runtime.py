@@ -379,10 +379,16 @@ def _is_alone(config: Config) -> bool:
 
 def _start_collector(config: Config, run: RunDir) -> None:
     from skyrl_otel.capture import launch  # subprocess costs a worker's start what only a lone driver needs
+    from skyrl_otel.spool import settings
 
     with guard.guarded("runtime.collector"):
+        try:
+            settings.read(config.settings_file)
+        except settings.SettingsError as error:
+            guard.say(f"{error}; nothing of it is used")
+            config = config._replace(settings_file="")
         layout.write_run_file(run, project=config.project, log_dir=str(config.log_dir), argv=sys.orig_argv)
-        if not launch.start_collector(run, config.log_dir):
+        if not launch.start_collector(run, config.log_dir, config.settings_file):
             guard.say(
                 "the embedded collector needs aiohttp and opentelemetry-proto, which are not installed here; "
                 f"lines are kept in {run.path} (pip install skyrl-otel, or set OTEL_EXPORTER_OTLP_ENDPOINT)"

@@ -197,5 +197,3 @@ def few_marks() -> Iterator[None]:
 TestCrashes = Crashes.TestCase
 _STORIES = 60 if settings().max_examples < 1000 else 2_000
 TestCrashes.settings = settings(max_examples=_STORIES, stateful_step_count=40, deadline=None)
-    max_examples=60 if settings().max_examples < 1000 else 2_000, stateful_step_count=40, deadline=None
-)

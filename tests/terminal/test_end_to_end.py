@@ -58,6 +58,14 @@ class Site:
             except (OSError, ValueError):
                 pass
 
+        for entry in os.listdir("/proc"):  # collectors that `attach()` started: they wait for agents that may still come
+            try:
+                words = Path(f"/proc/{entry}/cmdline").read_bytes() if entry.isdigit() else b""
+            except OSError:
+                continue
+            if b"skyrl_otel.terminal.detached" in words and os.fsencode(self.root) in words:
+                os.kill(int(entry), signal.SIGTERM)
+
     def run(self, *command: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*prefix, CLI, "run", "--", *command],
@@ -288,3 +296,46 @@ def test_torchrun_as_it_is(site: Site) -> None:
     )
     other = [record["resource"] for record in found if "rank 1 " in str(record["body"])]
     assert {(owner["skyrl.rank"], owner["skyrl.channel"]) for owner in other} == {(1, "infra")}
+
+
+ALONE = """
+import logging, sys, time
+import skyrl_otel
+skyrl_otel.attach(channel="infra")
+log = logging.getLogger("alone")
+for n in range(150):
+    log.warning("line %d", n)
+    time.sleep(0.02)
+"""
+
+
+def test_a_driver_alone_has_a_collector_that_survives_kills_and_reads_its_settings(site: Site) -> None:
+    """`attach()` without launcher and endpoint; the settings file is named relative to the program's folder."""
+    (site.cwd / "routes.toml").write_text('[[route]]\nmatch = { scope = "alone" }\nto = "alone.log"\n')
+    program = subprocess.Popen([*python(ALONE)], env=site.env | {"SKYRL_OTEL_CONFIG": "routes.toml"}, cwd=site.cwd)
+    killed: set[int] = set()
+
+    def another() -> bool:
+        for path in site.root.glob("*/store/ready"):
+            ready = json.loads(path.read_text())
+            if ready["pid"] not in killed:
+                killed.add(ready["pid"])
+                os.kill(ready["pid"], signal.SIGKILL)
+                return True
+        return False
+
+    for _ in range(2):
+        wait_until(another, "a collector")
+    assert program.wait(60) == 0
+    wait_until(lambda: len(site.logs("--grep", "^line ")) == 150, "all records")
+    lines = (site.cwd / "logs" / "alone.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines if " line " in line] == [str(n) for n in range(150)]
+
+
+def test_a_driver_alone_says_what_is_wrong_with_its_settings(site: Site) -> None:
+    env = site.env | {"SKYRL_OTEL_CONFIG": "no such file.toml"}
+    program = python("import skyrl_otel; skyrl_otel.attach(channel='infra'); print('shown', flush=True)")
+    done = subprocess.run([*program], env=env, cwd=site.cwd, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "SKYRL_OTEL_CONFIG='no such file.toml' cannot be read" in done.stderr
+    wait_until(lambda: bool(list(site.root.glob("*/store/ready"))), "a collector all the same")
