@@ -56,6 +56,10 @@ class Console:
             known = self._streams[id(stream)] = EchoStream(self, stream, descriptor)
         return known
 
+    def must_show(self, record: object) -> bool:
+        """Whether a record could not be taken, so that its echo must stand where it was going to."""
+        return record is self._records.untaken
+
     def write(self, descriptor: int, data: bytes) -> bool:
         """Write an echo; False where it has to go the ordinary way. Raises OSError as write(2) does."""
         mode = None if self._records.failing else self.modes.get(descriptor)

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from skyrl_otel.capture import guard
 from skyrl_otel.spool import frames
@@ -41,6 +42,7 @@ class Records:
     `size_bytes` is about what the segment holds; threads add to it without a lock. `lost` counts records by reason, and
     `failing` is True from a loss until a write succeeds again. `on_loss` is called, in the middle of a log call, after a
     loss and after the first record that was taken behind one.
+    `untaken` is the last log record that no frame could be made of.
     """
 
     def __init__(self, place: Place) -> None:
@@ -49,6 +51,7 @@ class Records:
         self.failing = False
         self.lost: Counter[str] = Counter()
         self.lost_bytes = 0
+        self.untaken: Any = None
         self.folder: WriterFolder | None = None
         self.on_loss: Callable[[], None] = lambda: None
         self._number = -1  # the descriptor, which `fd` is while it takes something

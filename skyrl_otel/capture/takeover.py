@@ -64,13 +64,13 @@ def install(take: Take, console: Console) -> None:
                 if stream is not None:
                     instead = console.stand_in(stream)
                     if instead is None:
-                        return False
+                        return passed if console.must_show(record) else False
                     if instead is not stream:
                         self.stream = instead  # type: ignore[attr-defined]
                 elif "console" in fields:
-                    return passed if _rich(self, console) else False
+                    return passed if _rich(self, console) or console.must_show(record) else False
                 elif type(self) is last_type and console.stand_in(sys.stderr) is None:
-                    return False
+                    return passed if console.must_show(record) else False
             except Exception as error:
                 failed("takeover.console", error)
         return passed

@@ -126,6 +126,7 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
                 records.next_segment()
             return True
         except Exception as error:
+            records.untaken = record  # its echo is all that there is of it
             guard.failed("handler.take", error)
             return False
 

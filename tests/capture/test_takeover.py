@@ -520,3 +520,22 @@ logging.warning("of the parent again")
 def test_loguru_without_a_python_caller(host: Host, spool: Path) -> None:
     host(INFRA + "import atexit\nfrom loguru import logger\natexit.register(logger.info, 'bye')")
     assert [record.body for record in records(spool)] == ["bye"]
+
+
+def test_the_echo_of_a_record_that_could_not_be_taken_stays(host: Host, spool: Path) -> None:
+    host(
+        INFRA
+        + """
+import logging
+logging.basicConfig(level="INFO", format="%(name)s %(message)s")
+log = logging.getLogger("app")
+log.info("taken")
+broken = logging.makeLogRecord({"msg": "not taken", "levelno": 20, "pathname": []})
+log.handle(broken)
+log.info("taken too")
+""",
+        env={"SKYRL_OTEL_RAISE": "0"},
+    )
+    (writer,) = written(spool)
+    assert writer.text("err").splitlines() == [b"None not taken"]
+    assert [record.body for record in taken(writer.path)] == ["taken", "taken too"]

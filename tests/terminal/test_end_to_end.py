@@ -58,7 +58,9 @@ class Site:
             except (OSError, ValueError):
                 pass
 
-        for entry in os.listdir("/proc"):  # collectors that `attach()` started: they wait for agents that may still come
+        for entry in os.listdir(
+            "/proc"
+        ):  # collectors that `attach()` started: they wait for agents that may still come
             try:
                 words = Path(f"/proc/{entry}/cmdline").read_bytes() if entry.isdigit() else b""
             except OSError:
