@@ -341,3 +341,12 @@ def test_a_driver_alone_says_what_is_wrong_with_its_settings(site: Site) -> None
     assert done.returncode == 0
     assert "SKYRL_OTEL_CONFIG='no such file.toml' cannot be read" in done.stderr
     wait_until(lambda: bool(list(site.root.glob("*/store/ready"))), "a collector all the same")
+
+
+def test_two_runs_on_one_node_have_an_agent_and_a_store_each(site: Site) -> None:
+    code = "import sys\nfor n in range(500): print(sys.argv[1], n)"
+    runs = {name: site.start(*python(code), name, SKYRL_OTEL_RUN_ID=f"run-{name}") for name in ("one", "two")}
+    assert [process.wait(60) for process in runs.values()] == [0, 0]
+    for name in runs:
+        bodies = [record["body"] for record in site.logs("--run", f"run-{name}", "--channel", "progress")]
+        assert [body for body in bodies if body.startswith(("one ", "two "))] == [f"{name} {n}" for n in range(500)]
