@@ -104,6 +104,10 @@ except Exception as error:
     assert "their own mistake" in text and "their own mistake" in text_without
     assert "Failed to execute the setup hook method, their_hooks.fails" in text
     assert "skyrl_otel" not in text.split("Failed to execute")[1]
+    # What the worker said of it is in a file that is followed, and so recorded.
+    places = [place for writer in ran.writers for place in writer.facts.get("follow", {}).values()]
+    said = [Path(place["path"]).read_text(errors="replace") for place in places]
+    assert any("their own mistake" in text and "Traceback" in text for text in said), said
 
 
 def test_a_submitted_jobs_environment_is_merged_as_ray_does(driver: Driver) -> None:
