@@ -18,6 +18,7 @@ from skyrl_otel.query.filters import Filter
 from skyrl_otel.query.loki import Loki as LokiReader
 from skyrl_otel.query.records import Record
 from skyrl_otel.query.sources import StoreSource
+from skyrl_otel.spool import locks
 from tests.collector_process import Client, CollectorProcess, Line, request
 from tests.deploy.dashboard_file import dashboard
 from tests.stack.processes import CHECKOUT, HEADERS, TOKEN, Loki, Otelcol, get, wait_for
@@ -66,6 +67,9 @@ class Both:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         self._add_what_the_demo_has_not()
+        # Workers that Ray ends last are told of after `run` is over.
+        agent = self.root / "spool" / RUN / "agent.lock"
+        wait_for(lambda: not locks.is_held(agent), "the agent has nothing more to say")
         self.records = list(StoreSource(self.ours.store).read(Filter()))
         assert len(self.records) > 1000
         wait_for(lambda: self.loki.count(f'{{skyrl_run_id="{RUN}"}}').get("", 0) >= len(self.records), "Loki has all")
