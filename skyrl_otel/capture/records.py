@@ -20,7 +20,6 @@ from typing import Any
 
 from skyrl_otel.capture import guard
 from skyrl_otel.spool import frames
-from skyrl_otel.spool.checkpoint import Checkpoint, Position
 from skyrl_otel.spool.layout import open_file
 from skyrl_otel.spool.writer import WriterFolder
 
@@ -64,7 +63,7 @@ class Records:
         self._inside: deque[bytes] = deque()
         self._not_before = 0.0
         self._no_place = ""  # why there is none
-        self._delivered = Position(0, 0)
+        self._delivered = (0, 0)  # segment, offset
 
     def use(self, folder: WriterFolder | None) -> None:
         """From now on frames go to the first segment of `folder`; None gives the present one up. Raises OSError."""
@@ -211,8 +210,9 @@ class Records:
             return True
 
     def _start_anew(self) -> None:
-        start = self._delivered.offset if self._delivered.generation == self._segment else 0
-        self.folder, self._delivered = None, Position(0, 0)
+        segment, offset = self._delivered
+        start = offset if segment == self._segment else 0
+        self.folder, self._delivered = None, (0, 0)
         gone = os.open(f"/proc/self/fd/{self._number}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._move_on()
@@ -272,11 +272,14 @@ class Records:
                 os.close(null)
 
 
-def _delivered(folder: WriterFolder) -> Position:
+def _delivered(folder: WriterFolder) -> tuple[int, int]:
+    from skyrl_otel.spool.checkpoint import Checkpoint  # for the watch thread: a worker's start does not wait for it
+
     try:
-        return Checkpoint.read(folder.path / "checkpoint").files.get("records", Position(0, 0))
+        position = Checkpoint.read(folder.path / "checkpoint").files.get("records")
     except (OSError, ValueError, KeyError, TypeError):
-        return Position(0, 0)
+        return 0, 0
+    return (0, 0) if position is None else (position.generation, position.offset)
 
 
 def _high(descriptor: int) -> int:
