@@ -195,7 +195,9 @@ def test_hostile_input_takes_linear_time(data: bytes) -> None:
     while half < 0.05 and times < 32:
         times *= 2
         half = took(times)
-    half, whole = min(half, took(times), took(times)), min(took(2 * times) for _ in range(3))
+    whole = took(2 * times)
+    for _ in range(4):  # in turn: the machine may become slower for a while
+        half, whole = min(half, took(times)), min(whole, took(2 * times))
     assert whole < 3 * half + 0.02
 
 
