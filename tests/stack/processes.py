@@ -175,6 +175,16 @@ class Loki(Process):
         names = by.split(",") if by else []
         return {"|".join(one["metric"].get(name, "") for name in names): int(one["value"][1]) for one in found}
 
+    def metric(self, name: str) -> float:
+        """Sum over all labels of one of its own metrics."""
+        return _sum_of(name, get(f"{self.url}/metrics"))
+
+    def disk_bytes(self) -> int:
+        """What its chunks take, all of them written out first."""
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/flush", method="POST"), timeout=60.0).close()
+        wait_for(lambda: self.metric("loki_ingester_memory_chunks") == 0, "Loki has written its chunks", every_s=1.0)
+        return sum(path.stat().st_size for path in (self.folder / "data" / "chunks").rglob("*") if path.is_file())
+
 
 class Otelcol(Process):
     def __init__(self, folder: Path, loki: Loki | None, host: str = "127.0.0.1", **environment: str) -> None:
@@ -221,8 +231,12 @@ class Otelcol(Process):
 
     def metric(self, name: str) -> float:
         """Sum over all labels of one of its own metrics."""
-        lines = get(f"http://{self.host}:{self.metrics}/metrics").decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+        return _sum_of(name, get(f"http://{self.host}:{self.metrics}/metrics"))
+
+
+def _sum_of(name: str, metrics: bytes) -> float:
+    lines = metrics.decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 def _attributes(pairs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from skyrl_otel.spool import token
 from skyrl_otel.spool.token import Shipping
 from tests.agent.conftest import Node
-from tests.stack.processes import TOKEN, Loki, Otelcol, get, wait_for
+from tests.stack.processes import TOKEN, Loki, Otelcol, wait_for
 
 pytestmark = [pytest.mark.collector, pytest.mark.loki, pytest.mark.timeout(500)]
 
@@ -85,6 +85,7 @@ def test_two_minutes(spool_root: Path) -> None:
             "peak_mb": {"otelcol": round(otelcol.memory_mb()), "loki": round(loki.memory_mb())},
             "lines": load.lines,
             "counted": loki.count('{skyrl_run_id="run"} |= "Engine 000"')[""],
+            "loki_disk_bytes_per_line": round(loki.disk_bytes() / load.lines, 1),
             "queue_before_loki_full": round(queue, 2),
             "ceiling": _ceiling(queue, cpu),
         }
@@ -141,11 +142,8 @@ def _accepted(otelcol: Otelcol) -> float:
     return otelcol.metric("otelcol_receiver_accepted_log_records")
 
 
-def _lines_in(loki: Loki) -> int:
-    lines = get(f"{loki.url}/metrics").decode().splitlines()
-    return int(
-        sum(float(one.rpartition(" ")[2]) for one in lines if one.startswith("loki_distributor_lines_received_total"))
-    )
+def _lines_in(loki: Loki) -> float:
+    return loki.metric("loki_distributor_lines_received_total")
 
 
 def _cpu(node: Node, otelcol: Otelcol, loki: Loki | None = None) -> dict[str, float]:
