@@ -379,13 +379,9 @@ def _is_alone(config: Config) -> bool:
 
 def _start_collector(config: Config, run: RunDir) -> None:
     from skyrl_otel.capture import launch  # subprocess costs a worker's start what only a lone driver needs
-    from skyrl_otel.spool import settings
 
     with guard.guarded("runtime.collector"):
-        try:
-            settings.read(config.settings_file)
-        except settings.SettingsError as error:
-            guard.say(f"{error}; nothing of it is used")
+        if config.settings_file and not _can_be_read(config.settings_file):
             config = config._replace(settings_file="")
         layout.write_run_file(run, project=config.project, log_dir=str(config.log_dir), argv=sys.orig_argv)
         if not launch.start_collector(run, config.log_dir, config.settings_file):
@@ -393,6 +389,17 @@ def _start_collector(config: Config, run: RunDir) -> None:
                 "the embedded collector needs aiohttp and opentelemetry-proto, which are not installed here; "
                 f"lines are kept in {run.path} (pip install skyrl-otel, or set OTEL_EXPORTER_OTLP_ENDPOINT)"
             )
+
+
+def _can_be_read(settings_file: str) -> bool:
+    from skyrl_otel.spool import settings
+
+    try:
+        settings.read(settings_file)
+    except settings.SettingsError as error:
+        guard.say(f"{error}; nothing of it is used")
+        return False
+    return True
 
 
 @guard.never_raises
