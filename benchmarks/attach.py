@@ -7,9 +7,14 @@ the same in CPU time of the main thread, `background_cpu_ms` that of our own thr
 threads work on while `__init__` runs: `first_work_ms` is by how much they hold up 100 ms of plain Python there.
 
 As in a run, the node's agent is there already and has a receiver. The drivers stay connected to one cluster and start an
-actor each in turn, in an order that changes, so that whatever else the machine does falls on all alike. `start_ms_*` is what
-a driver waits for its actor, Ray's own second and its noise in it: under our hook, the empty one, a runtime_env of one
-variable, and no runtime_env.
+actor each in turn, in an order that changes, and each after the last one's process is gone, so that whatever else the
+machine does falls on all alike. All figures are medians of the differences within a round; `…_quartiles_ms` are the first
+and third quartile of the same differences.
+
+`start_difference_ms` is the literal reading: by how much a driver waits longer for its actor than one with a runtime_env of
+one variable. Read it with its quartiles. A start is a second of Ray's own imports, and two starts without us differ by more
+than 100 ms; a few dozen pairs cannot tell 30 ms from none, which is why `added_ms` looks at the part in which we are.
+`start_ms_*` are the medians of each kind's own starts.
 
 Beside it, what a plain process pays: for `attach()`, and for being started under `skyrl-otel run` without ever attaching.
 """
@@ -23,7 +28,7 @@ import sys
 import tempfile
 from itertools import permutations
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.fd import RECEIVER
@@ -97,8 +102,12 @@ class Actor:
             "stream": type(sys.stdout).__name__,
         }
 
+    def pid(self):
+        return os.getpid()
+
     def background_cpu_ms(self):
         import threading
+        time.sleep(0.4)
         ours = [thread for thread in threading.enumerate() if thread.name.startswith("skyrl-otel")]
         return sum(time.clock_gettime(time.pthread_getcpuclockid(thread.ident)) for thread in ours) * 1000
 
@@ -107,9 +116,12 @@ for line in sys.stdin:
     actor = Actor.remote()
     answer = ray.get(actor.ping.remote())
     answer["start_ms"] = (time.perf_counter() - began) * 1000
-    time.sleep(0.4)
-    answer["background_cpu_ms"] = ray.get(actor.background_cpu_ms.remote())
+    if kind == "ours":
+        answer["background_cpu_ms"] = ray.get(actor.background_cpu_ms.remote())
+    worker = f"/proc/{ray.get(actor.pid.remote())}"
     ray.kill(actor)
+    while os.path.exists(worker):  # or its end would fall into the next one's start
+        time.sleep(0.01)
     print(json.dumps(answer), flush=True)
 """
 
@@ -124,7 +136,7 @@ open(sys.argv[1], "w").write(str((time.thread_time() - began) * 1000))
 
 def run(quick: bool) -> dict[str, object]:
     """Measure; `quick` takes fewer rounds. A round starts one actor of each kind and the plain processes."""
-    rounds = 3 if quick else 15
+    rounds = 3 if quick else 20
     with tempfile.TemporaryDirectory(prefix="sk-attach-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         base = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "SKYRL_", "RAY_"))}
@@ -143,28 +155,45 @@ def run(quick: bool) -> dict[str, object]:
             receiver.wait()
     assert actors["ours"][-1]["stream"] == "LineStream", "the hook did not run"
 
-    def mid(kind: str, key: str) -> float:
-        return float(median(answer[key] for answer in actors[kind]))
+    def of_ours(key: str) -> float:
+        return round(float(median(answer[key] for answer in actors["ours"])), 2)
 
-    hook_ms = mid("ours", "hook_ms")
-    after_hook_ms = mid("ours", "after_hook_ms") - mid("empty_hook", "after_hook_ms")
-    first_work_ms = mid("ours", "first_work_ms") - mid("empty_hook", "first_work_ms")
+    # What came before the hook's first line is no part of it; what came after it, hook included, is `added_ms`.
+    for answer in (*actors["ours"], *actors["empty_hook"]):
+        answer["to_init_ms"] = answer["hook_ms"] + answer["after_hook_ms"]
+    added = _differences(actors, "to_init_ms", "empty_hook")
+    waited = _differences(actors, "start_ms", "runtime_env")
     new_modules = actors["ours"][-1]["modules"]
     return {
-        "added_ms": round(hook_ms + after_hook_ms, 2),
-        "hook_ms": round(hook_ms, 2),
-        "after_hook_ms": round(after_hook_ms, 2),
-        "first_work_ms": round(first_work_ms, 2),
-        "added_cpu_ms": round(mid("ours", "cpu_ms") - mid("empty_hook", "cpu_ms"), 2),
-        "background_cpu_ms": round(mid("ours", "background_cpu_ms"), 2),
-        "start_difference_ms": round(mid("ours", "start_ms") - mid("runtime_env", "start_ms"), 1),
-        "added_ms_no_runtime_env": round(mid("ours", "start_ms") - mid("none", "start_ms"), 1),
-        **{f"start_ms_{kind}": round(mid(kind, "start_ms"), 1) for kind in KINDS},
+        "added_ms": _middle(added),
+        "added_quartiles_ms": _quartiles(added),
+        "hook_ms": of_ours("hook_ms"),
+        "after_hook_ms": _middle(_differences(actors, "after_hook_ms", "empty_hook")),
+        "first_work_ms": _middle(_differences(actors, "first_work_ms", "empty_hook")),
+        "added_cpu_ms": _middle(_differences(actors, "cpu_ms", "empty_hook")),
+        "background_cpu_ms": of_ours("background_cpu_ms"),
+        "start_difference_ms": _middle(waited),
+        "start_difference_quartiles_ms": _quartiles(waited),
+        "added_ms_no_runtime_env": _middle(_differences(actors, "start_ms", "none")),
+        **{f"start_ms_{kind}": round(median(a["start_ms"] for a in actors[kind]), 1) for kind in KINDS},
         **plain,
         "modules_of_ours": [name for name in new_modules if name.partition(".")[0] == "skyrl_otel"],
         "other_modules": [name for name in new_modules if name.partition(".")[0] != "skyrl_otel"],
         "rounds": rounds,
     }
+
+
+def _differences(actors: dict[str, list[Any]], key: str, peer: str) -> list[float]:
+    return [one[key] - other[key] for one, other in zip(actors["ours"], actors[peer], strict=True)]
+
+
+def _middle(differences: list[float]) -> float:
+    return round(median(differences), 2)
+
+
+def _quartiles(differences: list[float]) -> list[float]:
+    first, _, third = quantiles(differences, n=4)
+    return [round(first, 2), round(third, 2)]
 
 
 def _actors(root: Path, base: dict[str, str], ours: dict[str, str], rounds: int) -> dict[str, list[Any]]:
@@ -182,7 +211,8 @@ def _actors(root: Path, base: dict[str, str], ours: dict[str, str], rounds: int)
             _ask(drivers[kind])  # the first start also fetches the package to the node
         orders = list(permutations(KINDS))
         for number in range(rounds):
-            for kind in orders[number * 7 % len(orders)]:  # 7 and 24 share no factor: each kind comes at each place
+            # 7 and 24 share no factor: no order comes twice, and each kind comes at each place.
+            for kind in orders[number * 7 % len(orders)]:
                 answers[kind].append(_ask(drivers[kind]))
     finally:
         for process in (*drivers.values(), cluster):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +28,7 @@ FAST_WATCH_S = 20.0
 
 def process_facts(config: Config) -> Facts:
     """What holds for the whole process."""
-    facts: Facts = {"pid": os.getpid(), "host": socket.gethostname(), "argv0": _argv0()}
+    facts: Facts = {"pid": os.getpid(), "host": os.uname().nodename, "argv0": _argv0()}
     if config.project:
         facts["project"] = config.project
     if config.service_name:
@@ -61,14 +59,14 @@ def run_id(config: Config, environ: Mapping[str, str] | None = None) -> str:
         return _plain(f"slurm-{slurm}-{env.get('SLURM_STEP_ID', '0')}")
     if elastic:
         return f"torchrun-{os.getppid()}-{_started(os.getppid())}"
-    return f"{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return f"{time.strftime('%y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
 
 
 def _plain(name: str) -> str:
     plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in name)[
         :80
     ]
-    return plain if is_run_id(plain) else secrets.token_hex(8)
+    return plain if is_run_id(plain) else os.urandom(8).hex()
 
 
 def _started(pid: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def start_collector(run: RunDir, log_dir: Path, settings_file: str) -> bool:
             return False
     except ModuleNotFoundError:  # the parent of one
         return False
-    env = {**os.environ, "SKYRL_OTEL_CONFIG": settings_file and os.path.abspath(os.path.expanduser(settings_file))}
+    env = {**os.environ, "SKYRL_OTEL_CONFIG": _absolute(settings_file)}
     _collectors.append(
         subprocess.Popen(
             [_interpreter(), "-c", _BOOT_COLLECTOR, str(_PACKAGE_ROOT), str(run.path), str(log_dir)],
@@ -98,6 +99,30 @@ def start_collector(run: RunDir, log_dir: Path, settings_file: str) -> bool:
         )
     )
     return True
+
+
+class CollectorWatch:
+    """A task for the watch thread of a driver that started the collector: start it again where nobody keeps it alive.
+
+    It and its keeper restart each other, so this is for the day on which both were killed. Each start doubles the time to
+    the next look: one that cannot run here, for a log folder that is not writable say, must not cost a core.
+    """
+
+    def __init__(self, run: RunDir, log_dir: Path, settings_file: str) -> None:
+        # Absolute now: the program may change its folder.
+        self._start = partial(start_collector, run, log_dir, _absolute(settings_file))
+        self._lock = run.launcher_lock
+        self._pause_s = 2.0
+
+    def __call__(self) -> float | None:
+        if not locks.is_held(self._lock):
+            self._start()
+            self._pause_s = min(self._pause_s * 2, 600.0)
+        return self._pause_s
+
+
+def _absolute(path: str) -> str:
+    return path and os.path.abspath(os.path.expanduser(path))
 
 
 def _interpreter() -> str:

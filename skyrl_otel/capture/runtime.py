@@ -30,6 +30,7 @@ from skyrl_otel.spool.layout import RunDir, SpoolRefused
 from skyrl_otel.spool.writer import WriterFolder
 
 AGENT_CHECK_S = 2.0
+COLLECTOR_CHECK_S = 5.0
 # Text without an end goes out after one to two of these. A print is two calls, and between them a thread may wait for the
 # interpreter that long on a busy machine: sooner would tear its line.
 PARTIAL_TICK_S = 0.5
@@ -307,7 +308,7 @@ def start(config: Config, run_id: str, *, quietly: bool = False) -> Runtime | No
         _runtime = Runtime(config, run)
         provide(_recording)
         if _is_alone(config):
-            _start_collector(config, run)
+            _start_collector(config, _runtime)
         return _runtime
 
 
@@ -377,22 +378,33 @@ def _is_alone(config: Config) -> bool:
     )
 
 
-def _start_collector(config: Config, run: RunDir) -> None:
+def _start_collector(config: Config, running: Runtime) -> None:
     from skyrl_otel.capture import launch  # subprocess costs a worker's start what only a lone driver needs
-    from skyrl_otel.spool import settings
 
+    run = running.run
     with guard.guarded("runtime.collector"):
-        try:
-            settings.read(config.settings_file)
-        except settings.SettingsError as error:
-            guard.say(f"{error}; nothing of it is used")
+        if config.settings_file and not _can_be_read(config.settings_file):
             config = config._replace(settings_file="")
         layout.write_run_file(run, project=config.project, log_dir=str(config.log_dir), argv=sys.orig_argv)
-        if not launch.start_collector(run, config.log_dir, config.settings_file):
+        if launch.start_collector(run, config.log_dir, config.settings_file):
+            watch = launch.CollectorWatch(run, config.log_dir, config.settings_file)
+            running.watch.add("collector", watch, COLLECTOR_CHECK_S)
+        else:
             guard.say(
                 "the embedded collector needs aiohttp and opentelemetry-proto, which are not installed here; "
                 f"lines are kept in {run.path} (pip install skyrl-otel, or set OTEL_EXPORTER_OTLP_ENDPOINT)"
             )
+
+
+def _can_be_read(settings_file: str) -> bool:
+    from skyrl_otel.spool import settings
+
+    try:
+        settings.read(settings_file)
+    except settings.SettingsError as error:
+        guard.say(f"{error}; nothing of it is used")
+        return False
+    return True
 
 
 @guard.never_raises

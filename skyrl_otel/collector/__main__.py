@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def settings(argv: list[str]) -> Settings:
     parser.add_argument("--exit-when-drained", action="store_true", help="end when no agent is left")
     parser.add_argument("--silence-s", type=float, default=600.0, help="how long no agent must have spoken for that")
     parser.add_argument("--store-max-bytes", type=int, default=config.store_max_bytes)
+    parser.add_argument("--keeper", type=json.loads, default=[], help="who restarts this process: a command in JSON")
     given = parser.parse_args(argv)
     return Settings(
         run=RunDir(given.run_dir.absolute(), given.run_dir.name),
@@ -35,6 +37,7 @@ def settings(argv: list[str]) -> Settings:
         exit_when_drained=given.exit_when_drained,
         silence_s=given.silence_s,
         settings_file=config.settings_file,
+        keeper=tuple(given.keeper),
         store_max_bytes=given.store_max_bytes,
     )
 

@@ -55,7 +55,8 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`port` 0 takes the earlier life's port, else any. `silence_s`: see `--exit-when-drained`."""
+    """`port` 0 takes the earlier life's port, else any. `silence_s`: see `--exit-when-drained`. `keeper`: the command that
+    starts whoever keeps this collector alive, which is called when nobody does any more."""
 
     run: RunDir
     log_dir: Path
@@ -67,6 +68,7 @@ class Settings:
     store_max_bytes: int = 50 << 30
     limits: Limits = field(default_factory=Limits)
     settings_file: str = ""
+    keeper: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +219,21 @@ async def _until_over(ending: asyncio.Event, agents: Agents, settings: Settings)
             await asyncio.wait_for(ending.wait(), min(1.0, settings.silence_s))
             return
         except asyncio.TimeoutError:
+            if settings.keeper and not locks.is_held(settings.run.launcher_lock):
+                await _start_keeper(settings.keeper)
             if settings.exit_when_drained and agents.finished(time.monotonic(), settings.silence_s):
                 return
+
+
+async def _start_keeper(command: tuple[str, ...]) -> None:
+    """It daemonises itself, so what is started here is soon over."""
+    null = asyncio.subprocess.DEVNULL
+    try:
+        started = await asyncio.create_subprocess_exec(*command, stdin=null, stdout=null, stderr=null)
+    except OSError as error:
+        say(f"nobody keeps this collector alive: {error}")
+        return
+    await started.wait()
 
 
 def _finish(settings: Settings, store: Store, committer: Committer, texts: dict[str, TextFile]) -> int:

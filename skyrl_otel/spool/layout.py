@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -107,7 +106,7 @@ class RunDir(NamedTuple):
 
 def new_writer_id() -> str:
     """128 random bits in hex: unique over nodes and runs without asking anybody."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 def ensure_private_dir(path: Path) -> None:
@@ -178,7 +177,7 @@ def write_run_file(run: RunDir, *, project: str, log_dir: str, argv: list[str]) 
         "log_dir": log_dir,
         "argv": argv,
     }
-    scratch = run.path / f".run.{secrets.token_hex(6)}"
+    scratch = run.path / f".run.{os.urandom(6).hex()}"
     write_new(scratch, json.dumps(facts).encode())
     try:
         os.link(scratch, run.run_file)  # link(2) fails where rename(2) would replace: the first one wins
@@ -279,7 +278,7 @@ def check_disk(root: Path, *, allow_tmpfs: bool) -> None:
             f"{root} is on {_TMPFS[kind]}, whose pages count as the job's memory; "
             "set SKYRL_OTEL_SPOOL_DIR to a local disk, or SKYRL_OTEL_ALLOW_TMPFS=1 to accept that"
         )
-    probe = root / f".probe.{secrets.token_hex(6)}"
+    probe = root / f".probe.{os.urandom(6).hex()}"
     try:
         descriptor = open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:

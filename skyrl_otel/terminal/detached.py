@@ -3,7 +3,8 @@
     python -c … RUN_PATH LOG_DIR        (started by `capture/launch.py`)
 
 It keeps the run's collector alive as `skyrl-otel run` would, and ends when that one finds nobody left to serve: every agent
-has delivered and none has spoken for ten minutes.
+has delivered and none has spoken for ten minutes. It and the collector start each other anew, as an agent's two processes
+do; if both are killed, the driver's watch thread starts them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main(run_path: str, log_dir: str) -> None:
         config.log_dir,
         lambda: node_ip.find(os.environ, given=config.node_ip),
         control_only=False,
+        keeper=[sys.executable, *sys.orig_argv[1:]],
         mask=(),
         on_ready=lambda ready: hand_out_token(run, config, ready),
         on_failure=lambda why: print(why, file=sys.stderr),

@@ -6,13 +6,14 @@ ready, agents read on and do not send.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from skyrl_otel.spool.layout import RunDir, ensure_private_dir, open_file, read_
 
 _LOOK_EVERY_S = 0.02
 _GIVE_UP_AFTER = 5
+_ELECTION_TRIES = 5
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _STABLE_S = 0.1, 2.0, 5.0
 # `-m` would put the user's working folder, and whatever modules lie there, in front of everything.
 _BOOT = (
@@ -62,6 +64,8 @@ class Collector(threading.Thread):
     Args:
         host: finds the address to listen on; asked in the thread, for it may have to resolve a name.
         control_only: no store; only agents' status reports.
+        keeper: the command that started this process, where it is there for nothing else. The collector calls it if this
+            process is killed, and its successor goes on with that collector. Such a keeper gives way to any other.
         mask: the signal mask the process starts with.
         on_ready: called each time one listens.
         on_failure: called once, with one sentence, when none can be started.
@@ -74,6 +78,7 @@ class Collector(threading.Thread):
         host: Callable[[], str],
         *,
         control_only: bool,
+        keeper: Sequence[str] = (),
         mask: Iterable[int],
         on_ready: Callable[[Ready], None],
         on_failure: Callable[[str], None],
@@ -86,6 +91,7 @@ class Collector(threading.Thread):
         self._log_dir = log_dir
         self._host = host
         self._control_only = control_only
+        self._keeper = tuple(keeper)
         self._mask = tuple(mask)
         self._on_ready = on_ready
         self._on_failure = on_failure
@@ -120,15 +126,17 @@ class Collector(threading.Thread):
                 _kill(self._pid)
 
     def _become_owner(self) -> int | None:
-        """The run's launcher lock; None if the run ended while somebody else had it."""
-        while True:
+        """The run's launcher lock; None if the run ended while somebody else had it, or it is left to them."""
+        for tries in itertools.count(1):
             lock = locks.take(self._run_dir.launcher_lock)
-            if lock is not None:
+            # Who asks whether it is held has it shared for a moment, so one refusal proves nothing.
+            if lock is not None or (self._keeper and tries == _ELECTION_TRIES):
                 return lock
             if self.ready is None:
                 self._look()
             if self._stopping.wait(0.2):
-                return None
+                break
+        return None
 
     def _keep_alive(self) -> None:
         ensure_private_dir(self._run_dir.store)
@@ -138,6 +146,8 @@ class Collector(threading.Thread):
             began = time.monotonic()
             if locks.is_held(self._run_dir.store / "lock"):
                 self._use_what_was_left_behind()
+                if self._keeper and self._run_dir.copy_note.exists():
+                    return  # it ended in order: it found nobody left to serve
                 continue
             if not self._start():
                 return
@@ -167,6 +177,8 @@ class Collector(threading.Thread):
         arguments += ["--host", self._host(), "--port", str(port)] + ["--control-only"] * self._control_only
         # For the day on which nobody is left to end it.
         arguments += ["--exit-when-drained"]
+        if self._keeper:
+            arguments += ["--keeper", json.dumps(self._keeper)]
         log = open_file(self._log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

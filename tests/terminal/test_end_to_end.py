@@ -334,6 +334,73 @@ def test_a_driver_alone_has_a_collector_that_survives_kills_and_reads_its_settin
     assert [line.split()[-1] for line in lines if " line " in line] == [str(n) for n in range(150)]
 
 
+STAYS = """
+import logging, os, sys, time
+import skyrl_otel
+skyrl_otel.attach(channel="infra")
+count = 0
+while not os.path.exists(sys.argv[1]):
+    logging.warning("line %d", count)
+    count += 1
+    time.sleep(0.02)
+open(sys.argv[1], "w").write(str(count))
+"""
+
+
+def test_a_driver_alone_has_a_collector_and_a_keeper_that_start_each_other(site: Site, tmp_path: Path) -> None:
+    """SIGKILL for both while the driver lives; for the keeper, and then its collector, when it is gone. Always the same port."""
+    stop = tmp_path / "stop"
+    program = subprocess.Popen([*python(STAYS), str(stop)], env=site.env, cwd=site.cwd)
+    wait_until(lambda: bool(list(site.root.glob("*/store/ready"))), "a collector")
+    run = site.run_dir()
+
+    def collector() -> dict[str, Any]:
+        return read_json(run.store / "ready") or {}
+
+    def keepers() -> set[int]:
+        """Those that hold the run's launcher lock: one, or none."""
+        found = set()
+        inode = run.launcher_lock.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[3] == "WRITE" and words[5].endswith(f":{inode}"):
+                found.add(int(words[4]))
+        return found
+
+    def kill(*pids: int) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def another(former: dict[str, Any]) -> dict[str, Any]:
+        wait_until(lambda: collector().get("pid", former["pid"]) != former["pid"], "another collector")
+        return collector()
+
+    first = collector()
+    kill(*keepers(), first["pid"])
+    second = another(first)
+    stop.touch()
+    assert program.wait(60) == 0
+    count = int(stop.read_text())
+    wait_until(lambda: len(site.logs("--grep", "^line ")) == count, "all records, once each")
+
+    [keeper] = keepers()
+    kill(keeper)
+    wait_until(lambda: bool(keepers() - {keeper}), "another keeper")
+    assert collector() == second
+    kill(second["pid"])
+    third = another(second)
+    assert first["url"] == second["url"] == third["url"]
+    assert len(keepers()) == 1
+    assert len(site.logs("--grep", "^line ")) == count
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
 def test_a_driver_alone_says_what_is_wrong_with_its_settings(site: Site) -> None:
     env = site.env | {"SKYRL_OTEL_CONFIG": "no such file.toml"}
     program = python("import skyrl_otel; skyrl_otel.attach(channel='infra'); print('shown', flush=True)")

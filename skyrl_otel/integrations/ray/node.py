@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ def facts(worker: Any) -> dict[str, Any]:
         "channel": "infra",
         "role": "ray",
         "silent_end": True,
-        "host": socket.gethostname(),
+        "host": os.uname().nodename,
         "node_id": str(getattr(node, "node_id", "") or ""),
     }
 
