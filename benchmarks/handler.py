@@ -1,7 +1,8 @@
 """What a record of `logging` costs its process: ours next to a formatted file, loguru's file sink, and OpenTelemetry's SDK.
 
 All in one process, in alternated rounds, on the same disk, to loggers that nothing else listens to. `own_us` is what ours
-adds to a record that a NullHandler takes; the agent reads behind it meanwhile.
+adds to a record that a NullHandler takes; the agent reads behind it meanwhile. `write_us` is what of that is the kernel's: the
+bare write(2) of a frame of the same size, to a file that nobody reads.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ def child(rounds: int, root: Path) -> dict[str, object]:
     running = runtime.current()
     assert running is not None and running.recording.records.fd >= 0, "recording did not start"
     recording = running.recording
+    before = recording.records.size_bytes
+    silent.info("step %d loss %.4f", _CALLS // 2, 0.25)
+    frame = b"x" * (recording.records.size_bytes - before)
 
     def through(log: logging.Logger, extra: dict[str, Any] | None) -> Callable[[], None]:
         def calls() -> None:
@@ -108,6 +112,12 @@ def child(rounds: int, root: Path) -> dict[str, object]:
         for number in range(_CALLS):
             loguru.info("step {} loss {:.4f}", number, 0.25)
 
+    bare = os.open(root / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def write() -> None:
+        for _ in range(_CALLS):
+            os.write(bare, frame)
+
     extra = {"step": 7, "phase": "rollout"}
     kinds: dict[str, tuple[bool, Callable[[], None]]] = {
         "null": (False, through(silent, None)),
@@ -119,6 +129,7 @@ def child(rounds: int, root: Path) -> dict[str, object]:
         "ours_extra": (True, through(silent, extra)),
         "filehandler_extra": (False, through(filed, extra)),
         "sdk_batch_extra": (False, through(sdk, extra)),
+        "write": (False, write),
     }
     # The peers are measured without us: their records would be taken too.
     recording.stop()
@@ -138,6 +149,7 @@ def child(rounds: int, root: Path) -> dict[str, object]:
                 took[kind].append(spent / _CALLS * 1e6)
                 used[kind].append(busy / _CALLS * 1e6)
         os.truncate(root / "plain.log", 0)
+        os.truncate(bare, 0)
     detach()
     us = {kind: median(values) for kind, values in took.items()}
     return {
@@ -149,6 +161,9 @@ def child(rounds: int, root: Path) -> dict[str, object]:
         # Of this thread alone: what a busy machine does not blur.
         "cpu_ratio_to_filehandler": round(median(used["ours"]) / median(used["filehandler"]), 3),
         "cpu_own_us": round(median(used["ours"]) - median(used["null"]), 2),
+        "cpu_ratio_to_filehandler_extra": round(median(used["ours_extra"]) / median(used["filehandler_extra"]), 3),
+        "cpu_own_us_extra": round(median(used["ours_extra"]) - median(used["null_extra"]), 2),
+        "frame_bytes": len(frame),
         "calls_a_round": _CALLS,
         "load": round(os.getloadavg()[0], 2),
         "rounds": rounds,

@@ -7,10 +7,11 @@ Whatever a value is, it becomes something: nothing here raises, and a lone surro
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -47,31 +48,27 @@ def field(key: bytes, payload: bytes) -> bytes:
     return key + varint(len(payload)) + payload
 
 
-def _body_prefix(size: int) -> bytes:
-    return b"\x2a" + varint(1 + len(varint(size)) + size) + b"\x0a" + varint(size)
-
-
 # Made at import, which each worker's start waits for: without a call for each.
 _VARINTS = [bytes((n,)) for n in range(128)] + [bytes((n & 127 | 128, n >> 7)) for n in range(128, 2048)]
-# By length: what precedes a body's text in a LogRecord. Most records are short.
-BODY_PREFIXES = [
-    b"\x2a" + _VARINTS[1 + len(length) + size] + b"\x0a" + length for size, length in enumerate(_VARINTS[:1024])
-]
 
 
 def body(text: str) -> bytes:
     """LogRecord.body; long texts are cut."""
     data = text.encode("utf-8", "replace")
-    size = len(data)
-    return BODY_PREFIXES[size] + data if size < 1024 else b"".join(long_body(data))
+    if len(data) > MESSAGE_BYTES:
+        data = cut(data)
+    return before_body(len(data)) + data
 
 
-def long_body(data: bytes) -> tuple[bytes, bytes]:
-    """What precedes the text of LogRecord.body, and that text, cut where it is too long."""
-    size = len(data)
-    if size > MESSAGE_BYTES:
-        data = data[:MESSAGE_BYTES].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % size
-    return _body_prefix(len(data)), data
+def before_body(size: int) -> bytes:
+    """What precedes a text of that length in LogRecord.body."""
+    length = varint(size)
+    return b"\x2a" + varint(1 + len(length) + size) + b"\x0a" + length
+
+
+def cut(data: bytes) -> bytes:
+    """A text that is too long for a body, made shorter."""
+    return data[:MESSAGE_BYTES].decode("utf-8", "ignore").encode() + b" [cut: %d bytes]" % len(data)
 
 
 def scope(name: str) -> bytes:
@@ -100,50 +97,87 @@ def attribute(key: str, value: Any) -> bytes:
     return field(b"\x32", field(b"\x0a", key.encode("utf-8", "replace")) + field(b"\x12", encoded))
 
 
-# By length: what precedes a KeyValue in a LogRecord, and in it a short text, and an int.
-_PAIR_PREFIXES = [b"\x32" + length for length in _VARINTS[:512]]
-_TEXT_PREFIXES = [b"\x12%c\x0a%c" % (size + 2, size) for size in range(100)]
-_INT_PREFIXES = [b"\x12%c\x18" % (size + 1) for size in range(11)]
-_MOST_KEYS = 4096
-_KEY_BYTES = 256
-_keys: dict[str, bytes] = {}
+_PLAIN = list(logging.LogRecord("", 0, "", 0, "", (), None).__dict__)
+PLAIN_COUNT = len(_PLAIN)
+_LAST = _PLAIN[-1]
+#: What every LogRecord has; what else is in its `__dict__` came by `extra=`. Formatters add the last three.
+STANDARD = frozenset(_PLAIN) | {"taskName", "message", "asctime"}
+
+_MOST_KEYS = 1024
+_SHORT = 100
+# What precedes a value in LogRecord.attributes, by key and by the value's length. Not of keys in `STANDARD`, nor of long ones.
+_Heads = dict[str, dict[int, bytes]]
+_texts: _Heads = {}
+_ints: _Heads = {}
+_floats: _Heads = {}
+_bools: _Heads = {}
 
 
-def attributes(values: Iterable[tuple[Any, Any]], without: Collection[Any] = ()) -> bytes:
-    """All of them but those whose key is in `without`; a key that is no string becomes one."""
-    encoder = None
-    parts: list[bytes] = []
-    left = iter(values)
-    for key, value in islice(left, _ITEMS):
-        if key in without:
-            continue
-        name = (_keys.get(key) if type(key) is str else None) or _new_key(key)
-        size = len(name)
-        kind = type(value) if size < _KEY_BYTES else None
-        if kind is int and 0 <= value < 1 << 63:
-            number = _VARINTS[value] if value < 2048 else varint(value)
-            parts += (_PAIR_PREFIXES[size + 3 + len(number)], name, _INT_PREFIXES[len(number)], number)
-        elif kind is float:
-            parts += (_PAIR_PREFIXES[size + 11], name, b"\x12\x09\x21", _double(value))
-        elif kind is str and len(value) < 100 and value.isascii():
-            length = len(value)
-            parts += (_PAIR_PREFIXES[size + 4 + length], name, _TEXT_PREFIXES[length], value.encode())
-        else:
-            encoder = encoder or _Values()
-            parts.append(field(b"\x32", name + field(b"\x12", encoder.encode(value, 0))))
-    if next(left, None) is not None:
+def plain_extras(fields: dict[str, Any]) -> bytes | None:
+    """A LogRecord's extras, where all have values of the commonest types, and keys seen before; they stand last.
+
+    None where one has not, or is in `STANDARD`: then `attributes` is for them. Nobody else's code runs within.
+    """
+    parts: list[bytes] = []  # backwards
+    add = parts.append
+    try:
+        for key in reversed(fields):
+            if key == _LAST:
+                parts.reverse()
+                return b"".join(parts) if len(parts) == 2 * (len(fields) - PLAIN_COUNT) else None
+            value = fields[key]
+            kind = type(value)
+            if kind is str and len(value) < _SHORT:
+                add(data := value.encode())
+                add(_texts[key][len(data)])
+            elif kind is int:
+                add(data := _VARINTS[value] if 0 <= value < 2048 else _positive(value))
+                add(_ints[key][len(data)])
+            elif kind is float:
+                add(_double(value))
+                add(_floats[key][8])
+            elif kind is bool:
+                add(_VARINTS[value])
+                add(_bools[key][1])
+            else:
+                return None
+    except Exception:  # a key, a length, a text as never before; or another thread has just added one
+        return None
+    return None
+
+
+def _positive(value: int) -> bytes:
+    if 0 <= value < 1 << 63:
+        return varint(value)
+    raise ValueError
+
+
+def attributes(fields: Mapping[Any, Any], keys: Sequence[Any]) -> bytes:
+    """Those of `fields` that `keys` name, in that order; a key that is no string becomes one."""
+    values = _Values()
+    parts = []
+    for key in keys[:_ITEMS]:
+        value = fields.get(key)
+        data = values.encode(value, 0)
+        name = key if type(key) is str else shown(key)
+        whole = field(b"\x32", field(b"\x0a", _name(name)) + field(b"\x12", data))
+        parts.append(whole)
+        if len(data) < _SHORT and len(name) < _SHORT and name not in STANDARD:
+            _keep_head(name, type(value), whole, data)
+    if len(keys) > _ITEMS:
         parts.append(attribute("…", "what more there is was left out"))
     return b"".join(parts)
 
 
-def _new_key(key: Any) -> bytes:
-    name = key if type(key) is str else shown(key)
-    encoded = field(b"\x0a", _name(name))
-    if len(_keys) > _MOST_KEYS:
-        _keys.clear()
-    if len(name) < 256:  # a key that is longer is data, and there is no end of those
-        _keys[name] = encoded
-    return encoded
+def _keep_head(key: str, kind: type, whole: bytes, data: bytes) -> None:
+    """For the next value of that key, type and length."""
+    heads = {str: _texts, int: _ints, float: _floats, bool: _bools}.get(kind)
+    if heads is None:
+        return
+    if len(heads) >= _MOST_KEYS:
+        heads.clear()
+    size = len(data) - (2 if kind is str else 1)
+    heads.setdefault(key, {})[size] = whole[: len(whole) - size]
 
 
 def code(path: str, line: int, function: str) -> bytes:
@@ -291,7 +325,7 @@ class _Values:
         return field(b"\x0a", data)
 
     def _allowed(self) -> int:
-        return max(min(_TEXT_BYTES, self._left), 0)
+        return max(min(_TEXT_BYTES, self._left), _SHORT)
 
 
 def _name(value: Any) -> bytes:

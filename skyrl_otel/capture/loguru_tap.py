@@ -93,7 +93,7 @@ class Tap:
         if error is not None:
             parts.append(encode.exception(error.type, error.value, error.traceback))
         if extra:
-            parts.append(encode.attributes([item for item in extra.items() if item[0] != _ORIGIN]))
+            parts.append(encode.attributes(extra, [key for key in extra if key != _ORIGIN]))
         parts += (active_span(), b"\x59", time)
         inner = b"".join(parts)
         payload = b"".join((place[0], b"\x12", encode.varint(len(inner)), inner))

@@ -1,8 +1,9 @@
 """The hot path: a `logging.LogRecord` becomes one frame with one write(2), inside the user's log call.
 
 One function, with everything it uses in its closure, because each call and each attribute of our own would show in the
-cost of a record (`python -m benchmarks handler`). Records of one place in the source and one thread whose
-message has the same length begin with the same bytes; these are kept, with their checksum, which the rest's goes on from.
+cost of a record (`python -m benchmarks handler`). Records of one place in the source and one thread whose message has the
+same length, and whose extras have, begin with the same bytes: all that is before the message's text. These are kept, with
+their checksum, which the rest's goes on from.
 No lock: appending is atomic, dictionaries are too, and nothing is shared between two records that are under way.
 """
 
@@ -15,7 +16,6 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import lru_cache
-from itertools import islice
 from math import trunc
 from time import time_ns
 from typing import Any
@@ -32,14 +32,11 @@ _MOST_PLACES = 8192
 _MOST_HEADS = 4096
 _HEAD_SHARED_BELOW = 1024  # bytes after the head: longer records rarely have the same length, and cost more elsewhere
 
-#: What every LogRecord has; what else is in its `__dict__` came by `extra=`. Formatters add the last three.
-STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"taskName", "message", "asctime"}
-_STANDARD_COUNT = len(logging.LogRecord("", 0, "", 0, "", (), None).__dict__)
-
 # A frame's header in two steps: what is the same for all frames of one length, and the checksum.
 _pack_length = struct.Struct("<4sI").pack
 _pack_header = struct.Struct("<8sI").pack
 _pack_times = struct.Struct("<BQBQ").pack
+_TIMES_BYTES = 18
 
 
 def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogRecord], bool] | None = None) -> Take:
@@ -47,24 +44,30 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
 
     `is_known` is asked of records with a field `extra`, as loguru's have: whether this one was taken before, in another form.
     """
-    heads: dict[tuple[str, str, int, int, int | None, str | None, int], tuple[bytes, bytes, int]] = {}
+    heads: dict[tuple[str, str, int, int, int | None, str | None, int, int], tuple[bytes, bytes, int]] = {}
     pack_times, pack_header = _pack_times, _pack_header
     write, modules, join = os.write, sys.modules, b"".join
-    log_record, long_body, more = logging.LogRecord, encode.long_body, _more
-    body_prefixes, shortest = encode.BODY_PREFIXES, len(encode.BODY_PREFIXES)
+    log_record, plain_count, longest = logging.LogRecord, encode.PLAIN_COUNT, encode.MESSAGE_BYTES
     takes = lru_cache(_MOST_PLACES)(levels.takes) if levels else None
     active_context: Callable[[], Any] | None = None
 
-    def new_head(record: logging.LogRecord, size: int) -> tuple[bytes, bytes, int]:
+    def new_head(record: logging.LogRecord, text_size: int, rest_size: int) -> tuple[bytes, bytes, int]:
         name, path, line, level = record.name, record.pathname, record.lineno, record.levelno
         ident, thread = record.thread, record.threadName
-        place = _place(path, line, record.funcName or "", level, record.levelname) + _thread(ident, thread)
+        size = text_size + _TIMES_BYTES + rest_size
+        place = b"".join(
+            (
+                _place(path, line, record.funcName or "", level, record.levelname),
+                _thread(ident, thread),
+                encode.before_body(text_size),
+            )
+        )
         prefix = b"".join((_scope(name), b"\x12", encode.varint(len(place) + size), place))
         head = (_pack_length(frames.MAGIC, len(prefix) + size), prefix, crc32(prefix))
         if size < _HEAD_SHARED_BELOW:
             if len(heads) >= _MOST_HEADS:
                 heads.clear()
-            heads[name, path, line, level, ident, thread, size] = head
+            heads[name, path, line, level, ident, thread, text_size, rest_size] = head
         return head
 
     def take(record: logging.LogRecord) -> bool:
@@ -87,33 +90,33 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
                 text = message.encode()
             except UnicodeError:
                 text = message.encode("utf-8", "replace")
-            size = len(text)
-            if size < shortest:
-                before = body_prefixes[size]
-            else:
-                before, text = long_body(text)
+            text_size = len(text)
+            if text_size > longest:
+                text = encode.cut(text)
+                text_size = len(text)
             ident, thread, created = record.thread, record.threadName, record.created
             if active_context is None and "opentelemetry.trace" in modules:
                 active_context = _context_reader()
             in_context = active_context is not None and active_context()
-            # Last: once its `__dict__` was asked for, each attribute of a record costs CPython 3.11 ten times as much.
-            if record.exc_info or record.stack_info or in_context or len(record.__dict__) != _STANDARD_COUNT:
-                if is_known is not None and "extra" in record.__dict__ and is_known(record):
-                    return True
-                rest = more(record, bool(in_context))
-            else:
-                rest = b""
             now = time_ns()
             try:
                 times = pack_times(0x09, trunc(created * 1e9), 0x59, now)
             except Exception:  # whatever somebody made of it
                 times = pack_times(0x09, now, 0x59, now)
-            tail = join((before, text, times, rest))
-            size = len(tail)
+            # Last: once its `__dict__` was asked for, each attribute of a record costs CPython 3.11 ten times as much.
+            if record.exc_info or record.stack_info or in_context or len(record.__dict__) != plain_count:
+                if is_known is not None and "extra" in record.__dict__ and is_known(record):
+                    return True
+                rest = _more(record, in_context)
+                rest_size = len(rest)
+                tail = join((text, times, rest))
+            else:
+                rest_size = 0
+                tail = text + times
             try:
-                start, prefix, checksum = heads[name, path, line, level, ident, thread, size]
+                start, prefix, checksum = heads[name, path, line, level, ident, thread, text_size, rest_size]
             except KeyError:
-                start, prefix, checksum = new_head(record, size)
+                start, prefix, checksum = new_head(record, text_size, rest_size)
             frame = join((pack_header(start, crc32(tail, checksum)), prefix, tail))
             size = len(frame)
             try:
@@ -152,9 +155,15 @@ def _message(record: logging.LogRecord) -> str:
         return f"{text} {encode.shown(record.args)} ({type(error).__name__} when formatted)"
 
 
-def _more(record: logging.LogRecord, in_context: bool) -> bytes:
-    """What only some records have: exception, stack, extras, the active span."""
-    parts = []
+def _more(record: logging.LogRecord, in_context: Any) -> bytes:
+    """What only some records have: extras, exception, stack, the active span."""
+    fields = record.__dict__
+    extras = encode.plain_extras(fields) if type(record) is logging.LogRecord else None
+    if extras is None:
+        extras = encode.attributes(fields, [key for key in list(fields) if key not in encode.STANDARD])
+    if not (record.exc_info or record.stack_info or in_context):
+        return extras
+    parts = [extras]
     exc_info = record.exc_info
     if exc_info:
         if isinstance(exc_info, BaseException):
@@ -163,11 +172,6 @@ def _more(record: logging.LogRecord, in_context: bool) -> bytes:
             parts.append(encode.exception(*exc_info))
     if record.stack_info:
         parts.append(encode.attribute("code.stacktrace", record.stack_info))
-    fields = record.__dict__
-    if len(fields) != _STANDARD_COUNT:
-        # They come behind those that LogRecord itself sets, unless a subclass sets some before.
-        extras = islice(fields.items(), _STANDARD_COUNT, None) if type(record) is logging.LogRecord else fields.items()
-        parts.append(encode.attributes(list(extras), STANDARD))  # listed first: a repr of one may change them
     if in_context:
         parts.append(active_span())
     return b"".join(parts)

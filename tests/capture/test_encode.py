@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skyrl_otel.capture import encode
+from skyrl_otel.capture.encode import STANDARD
 from skyrl_otel.capture.levels import Levels
 from skyrl_otel.capture.records import Records
-from skyrl_otel.capture.taker import STANDARD, make_take
+from skyrl_otel.capture.taker import make_take
 from skyrl_otel.spool import frames
 from tests.capture.frames import Taken, decode
 
@@ -97,7 +98,8 @@ def test_a_record_comes_back(
     record = logging.LogRecord(name, level, path, line, message, (), None, function)
     record.__dict__.update(extra)
     record.created = created
-    got = through(record)
+    first, got = through(record), through(record)  # the second time its keys are known, and take the short way
+    assert nan_as_text(first.attributes) == nan_as_text(got.attributes)
     assert (got.scope, got.body, got.level) == (clean(name), clean(message), clean(logging.getLevelName(level)))
     assert 0 <= got.severity <= 24
     assert got.raw.time_unix_nano == int(created * 1e9) and got.raw.observed_time_unix_nano > 1e18
@@ -107,6 +109,52 @@ def test_a_record_comes_back(
     assert attributes.pop("thread.id") == record.thread and attributes.pop("thread.name") == record.threadName
     # Keys that differ in a lone surrogate alone become one; the last stands.
     assert nan_as_text(attributes) == {clean(key): expected(value) for key, value in extra.items()}
+
+
+plain_values = st.one_of(
+    st.integers(-2, 1 << 64),
+    st.integers(0, 3000),
+    st.floats(),
+    st.booleans(),
+    any_text,
+    st.none(),
+    st.text(min_size=90),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.dictionaries(st.sampled_from(["step", "phase", "é", "k" * 120]), plain_values), max_size=8))
+def test_the_same_keys_with_other_values_of_any_type_and_length(extras: list[dict[str, Any]]) -> None:
+    for extra in extras:
+        record = logging.LogRecord("n", 20, "p", 1, "m", (), None, "f")
+        record.__dict__.update(extra)
+        record.message, record.asctime = "added by a formatter", "and so was this"
+        attributes = nan_as_text(through(record).attributes)
+        own = {key: value for key, value in attributes.items() if not key.startswith(("code.", "thread."))}
+        assert own == {key: nan_as_text(expected(value)) for key, value in extra.items()}
+        assert [type(own[key]) for key in extra] == [type(nan_as_text(expected(value))) for key, value in extra.items()]
+        # In the order in which the program gave them.
+        assert list(own) == list(extra)
+
+
+def test_a_loguru_key_by_a_formatters_name_makes_no_extra_of_that() -> None:
+    assert b"message" in encode.attributes({"message": "loguru's own"}, ["message"])
+    record = logging.LogRecord("n", 20, "p", 1, "m", (), None, "f")
+    record.message = "loguru's own"
+    assert "message" not in through(record).attributes
+
+
+def test_extras_stand_behind_what_logging_sets() -> None:
+    """What `plain_extras` relies on, of the Python at hand; and where somebody has changed it, they are found too."""
+    record = logging.getLogger("n").makeRecord("n", 20, "p", 1, "m", (), None, "f", {"one": 1, "two": 2})
+    assert list(record.__dict__)[-2:] == ["one", "two"]
+    assert set(list(record.__dict__)[:-2]) <= STANDARD
+    last = list(record.__dict__)[-3]
+    value = record.__dict__.pop(last)
+    record.__dict__.update({last: value, "three": 3})
+    for _ in range(2):
+        got = through(record).attributes
+        assert (got["one"], got["two"], got["three"]) == (1, 2, 3)
 
 
 def test_levels_are_opentelemetrys() -> None:
