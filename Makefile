@@ -33,8 +33,8 @@ test-stack: setup  ## tests on namespaces and real collectors; PYTEST_ARGS as ab
 bench: setup  ## all benchmarks, as a table
 	$(BIN)/python -m benchmarks all
 
-fuzz: setup  ## the property tests, with many more examples
-	$(BIN)/pytest -m "hypothesis and not ($(STACK))" --hypothesis-profile=fuzz --timeout=1800 $(PYTEST_ARGS)
+fuzz: setup  ## the property tests, with many more examples, on all cores
+	$(BIN)/pytest -v -n $$(nproc) --dist worksteal -m "hypothesis and not ($(STACK))" --hypothesis-profile=fuzz --timeout=1800 $(PYTEST_ARGS)
 
 clean:  ## remove .venv, caches and build products
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -30,6 +30,8 @@ class Received:
     observed: int
     severity: int
     event: str
+    severity_text: str
+    logger: str
     raw: bytes = field(repr=False)
 
 
@@ -60,6 +62,8 @@ def decode(body: bytes) -> list[Received]:
                         record.observed_time_unix_nano,
                         record.severity_number,
                         record.event_name,
+                        record.severity_text,
+                        scope_logs.scope.name,
                         record.SerializeToString(deterministic=True)
                         + resource_logs.resource.SerializeToString(deterministic=True),
                     )

@@ -23,8 +23,9 @@ from skyrl_otel.agent.times import LATE_GRAIN
 MARKER = re.compile(rb":(?:job_id|actor_name|task_name):|skyrl-otel: output of this actor is recorded")
 """Lines of Ray and of ours that are no output of anybody."""
 
-# ECMA-48 control sequences, OSC strings up to BEL or ST, and the two- and three-byte escapes.
-_ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[()][0-9A-B]|[@-Z\\^_=>78cM])")
+# ECMA-48 control sequences (none has more than two intermediate bytes; what has is text), OSC strings up to BEL or ST, and the
+# two- and three-byte escapes.
+_ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]{0,2}[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[()][0-9A-B]|[@-Z\\^_=>78cM])")
 _ERROR = b"\x10\x11" + otlp.field(b"\x1a", b"ERROR")
 _LAST = otlp.attributes({"skyrl.part.last": True})
 _TORN = otlp.attributes({"skyrl.torn": True})
@@ -241,7 +242,9 @@ class Block:
         return child, text if child is None else text[len(child.prefix) :]
 
     def _fields(self, header: Header | None, child: Child | None) -> bytes:
-        fields = self._attributes if header is None else header.static.fields + self._attributes
+        fields = self._attributes
+        if header is not None:
+            fields = header.static.fields + header.static.pid_after(child) + fields
         return fields if child is None else fields + child.fields
 
     def _write(

@@ -145,7 +145,7 @@ class Event:
             and header is not None
             and mine.format is header.format
             and mine.format.repeats
-            and mine.static.fields == header.static.fields
+            and mine.static == header.static
         )
 
     def _continues(self, text: bytes, repeated: bool) -> bool:

@@ -159,6 +159,8 @@ class Fast:
     ) -> _Known | None:
         if not holds[0] <= first <= context.mark < holds[1]:
             return None
+        if context.zones != self._zones:  # it changed while an event was open, so `take` did not see it
+            self._forget_times()
         low, high = max(self._marks[0], holds[0]), min(self._marks[1], holds[1])
         if len(self._known) >= _MOST_HEADERS or not low <= first <= context.mark < high:
             self._forget_times()

@@ -33,19 +33,36 @@ Marks = tuple[int, int]
 """The marks, from the first to before the second, under which something holds."""
 
 
+_Found = tuple[int, Marks, int]
+"""A time, the marks for which it holds, and its grain."""
+
+
 class Static(NamedTuple):
-    """What headers have in common whatever the time: `fields` is the severity and the attributes, encoded."""
+    """What headers have in common whatever the time: `fields` is the severity and the attributes, encoded.
+
+    `pid` is the attribute of the process that the header names, empty for none; `stated_pid` the same where the child's prefix
+    names another.
+    """
 
     fields: bytes
     scope: bytes
     severity: int
+    pid: bytes = b""
+    stated_pid: bytes = b""
+
+    def pid_after(self, child: Child | None) -> bytes:
+        """What is to be said of `pid` behind the prefix of a child: no key stands in a record twice."""
+        if child is None or not child.pid:
+            return self.pid
+        return b"" if child.pid == self.pid else self.stated_pid
 
 
 class Child(NamedTuple):
-    """A prefix that names the process that wrote the line, or its rank; `fields` are its attributes, encoded."""
+    """A prefix that names the process that wrote the line, or its rank. `fields` are its attributes, `pid` is one of them."""
 
     prefix: bytes
     fields: bytes
+    pid: bytes
 
 
 class Header(NamedTuple):
@@ -79,8 +96,8 @@ class Matcher:
         self._clock = times.Clock(format.date) if format.date else None
         self._known: dict[object, Static] = {}
 
-    def header_of(self, match: re.Match[bytes], mark: int, zones: tuple[int, int]) -> Header:
-        """What a match of `pattern` says."""
+    def header_of(self, match: re.Match[bytes], mark: int, zones: tuple[int, int]) -> Header | None:
+        """What a match of `pattern` says; None where its time is none, so that the line is shown as it is."""
         key = match.group(*self._statics)
         static = self._known.get(key)
         if static is None:
@@ -90,18 +107,17 @@ class Matcher:
             static = self._known[key] = _static(self.format, groups)
         when, fraction, zone, epoch = match.group(*self._times)
         end = 0 if self.format.keep else match.end()
-        time, holds, grain = self._time(when, fraction, zone, epoch, mark, zones)
-        return self._header(end, static, time, holds, None, mark, grain)
+        found = self._time(when, fraction, zone, epoch, mark, zones)
+        return None if found is None else self._header(end, static, *found, None, mark)
 
-    def header_from(self, parsed: Parsed, mark: int, zones: tuple[int, int]) -> Header:
-        """What the format's `parse` found."""
+    def header_from(self, parsed: Parsed, mark: int, zones: tuple[int, int]) -> Header | None:
+        """What the format's `parse` found; None as in `header_of`."""
         groups = {name: value for name, value in (("level", parsed.level), ("logger", parsed.logger)) if value}
         static = _static(self.format, groups, parsed.attributes)
-        if parsed.time_ns is not None:
-            time, holds, grain = parsed.time_ns, (mark, mark + 1), 1000
-        else:
-            time, holds, grain = self._time(parsed.when, parsed.fraction, parsed.zone, None, mark, zones)
-        return self._header(0, static, time, holds, parsed.message, mark, grain)
+        found: _Found | None = (parsed.time_ns or 0, (mark, mark + 1), 1000)
+        if parsed.time_ns is None:
+            found = self._time(parsed.when, parsed.fraction, parsed.zone, None, mark, zones)
+        return None if found is None else self._header(0, static, *found, parsed.message, mark)
 
     def identity_of_whole(self, match: re.Match[bytes]) -> object:
         """All that a match of `whole` says but the time: the child's prefix, level, file and so on."""
@@ -110,11 +126,14 @@ class Matcher:
     def time_of_whole(self, match: re.Match[bytes], mark: int, zones: tuple[int, int]) -> tuple[int, Marks] | None:
         """The time that a match of `whole` says and the marks for which it says that; None if it is not to be believed."""
         when, fraction, zone, epoch = match.group(*self._whole_times)
-        time, holds, grain = self._time(when, fraction, zone, epoch, mark, zones)
+        found = self._time(when, fraction, zone, epoch, mark, zones)
+        if found is None:
+            return None
+        time, holds, grain = found
         return (time, holds) if grain == times.LATE_GRAIN and times.is_believed(time, mark) else None
 
     def _header(
-        self, end: int, static: Static, time: int, holds: Marks, message: bytes | None, mark: int, grain: int
+        self, end: int, static: Static, time: int, holds: Marks, grain: int, message: bytes | None, mark: int
     ) -> Header:
         if mark - times.BEHIND <= time <= mark + times.AHEAD:
             return Header(self.format, self, end, static, time, holds, message, True, grain)
@@ -130,14 +149,16 @@ class Matcher:
         epoch: bytes | None,
         mark: int,
         zones: tuple[int, int],
-    ) -> tuple[int, Marks, int]:
+    ) -> _Found | None:
         if epoch:
             seconds, _, decimals = epoch.partition(b".")
             time = int(seconds) * times.SECOND + times.fraction_ns(decimals)
             return time, (mark, mark + 1), 10 ** max(9 - len(decimals), 0)
-        found = self._clock.second(when, zone, mark, zones) if when and self._clock is not None else None
-        if found is None:
+        if not when or self._clock is None:
             return mark, (mark, mark + 1), 1
+        found = self._clock.second(when, zone, mark, zones)
+        if found is None:
+            return None
         second, low, high = found
         if fraction:
             return second + times.fraction_ns(fraction), (mark, mark + 1), 10 ** max(9 - len(fraction), 0)
@@ -167,13 +188,14 @@ class Recogniser:
         known = self._children.get(match[0])
         if known is None:
             attributes: dict[str, Value] = {"skyrl.child": match[1].decode()}
+            pid = b""
             if match.re is _CHILD:
-                attributes = {"process.pid": int(match[2]), **attributes}
+                pid = otlp.attributes({"process.pid": int(match[2])})
                 if match[3]:
                     attributes["skyrl.child.ip"] = match[3].decode()
             if len(self._children) >= _MOST_STATIC:
                 self._children.clear()
-            known = self._children[match[0]] = Child(match[0], otlp.attributes(attributes))
+            known = self._children[match[0]] = Child(match[0], pid + otlp.attributes(attributes), pid)
         return known
 
     def header(self, text: bytes, mark: int, zones: tuple[int, int]) -> Header | None:
@@ -193,6 +215,8 @@ class Recogniser:
                 if match is None:
                     continue
                 found = matcher.header_of(match, mark, zones)
+            if found is None:
+                continue
             if matcher is not candidates[0]:
                 candidates.remove(matcher)
                 candidates.insert(0, matcher)
@@ -234,9 +258,12 @@ def _static(format: Format, groups: Mapping[str, bytes], others: Mapping[str, Va
     for group, name in (("file", "code.file.path"), ("function", "code.function.name"), ("thread", "thread.name")):
         if group in groups:
             attributes[name] = groups[group].decode()
-    for group, name in (("line", "code.line.number"), ("pid", "process.pid")):
-        if group in groups and len(groups[group]) < 19:
-            attributes[name] = int(groups[group])
+    if "line" in groups:
+        attributes["code.line.number"] = int(groups["line"])
     fields += otlp.attributes({**attributes, **(others or {})})
     logger = groups.get("logger", b"").strip().decode() or format.scope
-    return Static(fields, otlp.scope(logger) if logger else TEXT_SCOPE, severity)
+    scope = otlp.scope(logger) if logger else TEXT_SCOPE
+    if "pid" not in groups:
+        return Static(fields, scope, severity)
+    pids = (otlp.attributes({name: int(groups["pid"])}) for name in ("process.pid", "skyrl.stated_pid"))
+    return Static(fields, scope, severity, *pids)

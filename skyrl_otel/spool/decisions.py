@@ -18,7 +18,7 @@ from skyrl_otel.spool.layout import open_file, read_file, replace_file, write_al
 
 Kind = Literal["mark", "cut", "identity", "generation", "loss", "echo", "end", "event", "zone"]
 
-RULES_VERSION = 3
+RULES_VERSION = 4
 """Raised whenever the same bytes and decisions would give other records than before."""
 
 

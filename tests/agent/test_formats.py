@@ -239,6 +239,55 @@ def test_what_is_printed_as_json_claims_nothing() -> None:
     assert not claims.keys() & record.attributes.keys()
 
 
+def test_the_header_of_a_child_may_name_another_process() -> None:
+    """As where Ray relays a worker's C++ log. No key stands in a record twice."""
+    line = b"(%b pid=%d) [2026-11-23 05:35:41,123 I 71 72] (raylet) main.cc:9: up\n"
+    ((same, _),) = read(line % (b"f", 71), 1_795_412_200)
+    ((other, _),) = read(line % (b"f", 5), 1_795_412_200)
+    assert (same.attributes["process.pid"], same.attributes.get("skyrl.stated_pid")) == (71, None)
+    assert (other.attributes["process.pid"], other.attributes["skyrl.stated_pid"]) == (5, 71)
+    for record in (same, other):
+        assert record.raw.count(b"process.pid") == 1
+
+
+@pytest.mark.parametrize("when", [b"13-01 00:00:00", b"02-30 00:00:00", b"11-23 25:00:00"])
+def test_a_header_whose_time_is_none_is_shown(when: bytes) -> None:
+    line = b"INFO %b [core.py:402] x" % when
+    ((record, logger),) = read(line + b"\n", 1_795_412_200)
+    assert (record.body, logger) == (line.decode(), "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ('"time": "yesterday"', {"time": "yesterday"}),
+        ('"caller": "somewhere"', {"caller": "somewhere"}),
+        ('"file": 3, "line": "x"', {"file": 3, "line": "x"}),
+        ('"logger": {"a": 1}', {"logger": '{"a": 1}'}),
+        ('"exception": {"a": 1}', {"exception": '{"a": 1}'}),
+        ('"error": "a", "error": "b"', {"error": "a", "error.2": "b"}),  # as zap writes it
+    ],
+)
+def test_a_field_that_is_not_what_its_name_says_is_an_attribute(fields: str, shown: dict[str, Any]) -> None:
+    ((record, _),) = read(f'{{"level": "info", "msg": "m", {fields}}}\n'.encode(), 1_795_412_200)
+    assert (record.body, record.severity) == ("m", 9)
+    assert record.attributes.items() >= shown.items()
+
+
+def test_a_logfmt_key_that_stands_twice_is_two_attributes() -> None:
+    ((record, _),) = read(b"level=info msg=m err=a err=b level=error\n", 1_795_412_200)
+    assert (record.severity, record.attributes["err"], record.attributes["err.2"]) == (9, "a", "b")
+
+
+@pytest.mark.parametrize(
+    "fields", [{f"k{number}": number for number in range(40)}, {"deep": ["x" * 5000]}, {"k" * 200: 1}]
+)
+def test_where_not_all_fields_fit_the_body_is_the_line(fields: dict[str, Any]) -> None:
+    line = json.dumps({"level": "info", "msg": "m", **fields})
+    ((record, _),) = read(line.encode() + b"\n", 1_795_412_200)
+    assert (record.body, record.severity) == (line, 9)
+
+
 @pytest.mark.parametrize("line", [b"Bus error by the driver was handled", b"Killed 3 of 4 requests", b"Aborted: user"])
 def test_a_sentence_is_nobodys_last_words(line: bytes) -> None:
     ((record, _),) = read(line + b"\n", 1_795_412_200)
