@@ -127,11 +127,17 @@ class Runtime:
         """
         if not self._records_of:
             return None
-        run = layout.open_run(self.config.spool_root, self.run.run_id)
         left_out = ("follow", "goodbye", "awaits", "lost", "errors")
         facts = {key: value for key, value in self.facts.items() if key not in left_out}
         facts.update(pid=os.getpid(), parent=self._records_of, silent_end=True)
-        folder = WriterFolder.create(run, files=(), facts=facts)
+        try:
+            run = layout.open_run(self.config.spool_root, self.run.run_id)
+            folder = WriterFolder.create(run, files=(), facts=facts)
+        except (OSError, SpoolRefused) as error:
+            if self.pid != os.getpid():
+                # A child that never gets a folder has nowhere else to say what it loses.
+                guard.say(f"records of the forked process {os.getpid()} are lost: {error}")
+            raise
         self._records_of = folder.writer_id
         return folder
 
