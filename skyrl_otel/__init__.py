@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skyrl_otel.capture.attach import attach as attach
     from skyrl_otel.capture.handler import OTelLogHandler as OTelLogHandler
-    from skyrl_otel.capture.runtime import attach as attach
     from skyrl_otel.capture.runtime import detach as detach
     from skyrl_otel.integrations.ray import runtime_env as runtime_env
 
@@ -19,7 +19,7 @@ __all__ = ["OTelLogHandler", "__version__", "attach", "detach", "runtime_env"]
 
 _HOME = {
     "OTelLogHandler": "skyrl_otel.capture.handler",
-    "attach": "skyrl_otel.capture.runtime",
+    "attach": "skyrl_otel.capture.attach",
     "detach": "skyrl_otel.capture.runtime",
     "runtime_env": "skyrl_otel.integrations.ray",
 }

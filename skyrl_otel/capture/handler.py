@@ -140,9 +140,9 @@ class OTelLogHandler(logging.Handler):
 
     def __init__(self, level: int | str = logging.NOTSET) -> None:
         super().__init__(level)
-        from skyrl_otel.capture import runtime
+        from skyrl_otel.capture import attach
 
-        runtime.start_records()
+        attach.start_records()
 
     def createLock(self) -> None:
         """None: one record is one write(2), and a signal handler that logs must not wait for its own thread."""

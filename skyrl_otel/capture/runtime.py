@@ -1,7 +1,6 @@
-"""The one guarded runtime of a process: `attach` decides what is captured and how, `detach` puts everything back.
+"""The one guarded runtime of a process: its folders, streams and watch thread. Made by `start`, ended by `detach`.
 
-What the user's own code prints to where the user expects it is never moved: only infra processes (ranks other than 0,
-Ray's workers) are redirected. A lone driver keeps its output, which is followed where it is a regular file.
+What is captured and how is decided elsewhere: in `attach.py`, and for Ray's workers in their hook.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from functools import partial
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from skyrl_otel.capture import fds, guard, identity
@@ -21,23 +17,18 @@ from skyrl_otel.capture.console import Mode
 from skyrl_otel.capture.folders import FollowedFolder
 from skyrl_otel.capture.handler import Recording, provide
 from skyrl_otel.capture.levels import Levels
-from skyrl_otel.capture.plan import Plan, Surroundings, plan
 from skyrl_otel.capture.stream import LineStream
 from skyrl_otel.capture.watch import Watch
-from skyrl_otel.config import Channel, Config
+from skyrl_otel.config import Config
 from skyrl_otel.spool import layout
 from skyrl_otel.spool.layout import RunDir, SpoolRefused
 from skyrl_otel.spool.writer import WriterFolder
 
 AGENT_CHECK_S = 2.0
-COLLECTOR_CHECK_S = 5.0
 # Text without an end goes out after one to two of these. A print is two calls, and between them a thread may wait for the
 # interpreter that long on a busy machine: sooner would tear its line.
 PARTIAL_TICK_S = 0.5
 IDLE_TICK_S = 0.1
-
-# Frameworks that are looked after once they are imported: module, where our code for it lives.
-INTEGRATIONS = (("ray", "skyrl_otel.integrations.ray", "wrap_init"),)
 
 
 class Runtime:
@@ -127,11 +118,17 @@ class Runtime:
         """
         if not self._records_of:
             return None
-        run = layout.open_run(self.config.spool_root, self.run.run_id)
         left_out = ("follow", "goodbye", "awaits", "lost", "errors")
         facts = {key: value for key, value in self.facts.items() if key not in left_out}
         facts.update(pid=os.getpid(), parent=self._records_of, silent_end=True)
-        folder = WriterFolder.create(run, files=(), facts=facts)
+        try:
+            run = layout.open_run(self.config.spool_root, self.run.run_id)
+            folder = WriterFolder.create(run, files=(), facts=facts)
+        except (OSError, SpoolRefused) as error:
+            if self.pid != os.getpid():
+                # A child that never gets a folder has nowhere else to say what it loses.
+                guard.say(f"records of the forked process {os.getpid()} are lost: {error}")
+            raise
         self._records_of = folder.writer_id
         return folder
 
@@ -270,6 +267,11 @@ _runtime: Runtime | None = None
 _lock = threading.RLock()  # protects _runtime
 
 
+def changing() -> threading.RLock:
+    """To be held by who looks whether there is a runtime and then makes or changes it: ``with changing():``."""
+    return _lock
+
+
 def current() -> Runtime | None:
     """The runtime of this process; None in a forked child, whose output is its parent's."""
     return _runtime if _runtime is not None and _runtime.pid == os.getpid() else None
@@ -307,8 +309,10 @@ def start(config: Config, run_id: str, *, quietly: bool = False) -> Runtime | No
                 _runtime.recording.stop()
         _runtime = Runtime(config, run)
         provide(_recording)
-        if _is_alone(config):
-            _start_collector(config, _runtime)
+        if not (config.endpoint or config.launched or config.run_id):
+            from skyrl_otel.capture import alone  # few are, and a worker's start does not wait for it
+
+            alone.gather(config, _runtime)
         return _runtime
 
 
@@ -321,213 +325,9 @@ def _recording() -> Recording | None:
 
 
 @guard.never_raises
-def take_records() -> None:
-    """For a process under `run` that nobody has called `attach()` in: its output is the launcher's, its records are its own.
-
-    At the first record (`inject/sitecustomize.py`), and in a driver once it has a cluster. Says nothing, whatever happens:
-    the program did not ask for us, and what is not taken here the launcher records as text.
-    """
-    with _lock:
-        config = Config.from_env()
-        if config.disabled or config.capture == "off":
-            return
-        running = start(config, identity.run_id(config), quietly=True)
-        if running is None or running.takes_records:
-            return
-        if running.folder is None:
-            facts = {"channel": "progress", **running.facts, **_process_facts(config)}
-            # How the command ended is for the launcher to tell; a child of it may be killed in passing. Not so a rank.
-            is_rank = "rank" in facts
-            running.records_only({"role": "trainer" if is_rank else "driver", "silent_end": not is_rank, **facts})
-        running.start_recording(attached=False)
-        running.look_after()
-
-
-def watch_records(name: str, path: Any, target: Any) -> Any:
-    """For `inject/sitecustomize.py`, in the middle of loguru's first import."""
-    take_records()
-    return sys.meta_path[0].find_spec(name, path, target)
-
-
-@guard.never_raises
-def start_records() -> None:
-    """For `OTelLogHandler` without `attach()`: a place for records, nothing else."""
-    with _lock:
-        config = Config.from_env()
-        if current() is not None or config.disabled or config.capture == "off":
-            return
-        run_id = identity.run_id(config)
-        running = start(config, run_id)
-        if running is None:
-            return
-        os.environ["SKYRL_OTEL_RUN_ID"] = run_id
-        running.records_only({**identity.process_facts(config), "channel": "progress", **identity.rank_facts()})
-        _bring_shipping(config, running)
-        running.look_after()
-
-
-def _is_alone(config: Config) -> bool:
-    """Whether nobody else is there to gather this run: no endpoint, no launcher, and we are no rank or worker of one."""
-    around = ("RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")
-    return not (
-        config.endpoint
-        or config.launched
-        or config.run_id
-        or any(os.environ.get(name) for name in around)
-        or _is_ray_worker()
-    )
-
-
-def _start_collector(config: Config, running: Runtime) -> None:
-    from skyrl_otel.capture import launch  # subprocess costs a worker's start what only a lone driver needs
-
-    run = running.run
-    with guard.guarded("runtime.collector"):
-        if config.settings_file and not _can_be_read(config.settings_file):
-            config = config._replace(settings_file="")
-        layout.write_run_file(run, project=config.project, log_dir=str(config.log_dir), argv=sys.orig_argv)
-        if launch.start_collector(run, config.log_dir, config.settings_file):
-            watch = launch.CollectorWatch(run, config.log_dir, config.settings_file)
-            running.watch.add("collector", watch, COLLECTOR_CHECK_S)
-        else:
-            guard.say(
-                "the embedded collector needs aiohttp and opentelemetry-proto, which are not installed here; "
-                f"lines are kept in {run.path} (pip install skyrl-otel, or set OTEL_EXPORTER_OTLP_ENDPOINT)"
-            )
-
-
-def _can_be_read(settings_file: str) -> bool:
-    from skyrl_otel.spool import settings
-
-    try:
-        settings.read(settings_file)
-    except settings.SettingsError as error:
-        guard.say(f"{error}; nothing of it is used")
-        return False
-    return True
-
-
-@guard.never_raises
 def _at_exit() -> None:
     if _runtime is not None:
         _runtime.at_exit()
-
-
-@guard.never_raises
-def attach(role: str | None = None, rank: int | None = None, channel: Channel | None = None) -> None:
-    """Record this process's output, with who it is.
-
-    Called twice, or where `skyrl-otel run` or the Ray hook attached already, it only adds what its arguments say.
-    Never raises: where recording cannot start, output stays where it was and one line on stderr says why.
-
-    Args:
-        role: what the process does in the run: policy, rollout, reward, env, …
-        rank: its rank, if it is not in RANK.
-        channel: "progress" for what belongs on the user's terminal, "infra" for the rest; default by rank.
-    """
-    given = {"role": role, "rank": rank, "channel": channel}
-    stated: identity.Facts = {key: value for key, value in given.items() if value is not None}
-    with _lock:
-        running = current()
-        if running is not None and running.is_attached:
-            running.publish(stated)
-            return
-        config = Config.from_env()
-        if config.disabled or config.capture == "off":
-            return
-        install_integrations()
-        if _is_ray_worker():
-            _call("skyrl_otel.integrations.ray", "attach_worker", stated)
-            return
-        _attach_process(config, stated)
-
-
-def _attach_process(config: Config, stated: identity.Facts) -> None:
-    run_id = identity.run_id(config)
-    running = start(config, run_id)
-    if running is None:
-        return
-    os.environ["SKYRL_OTEL_RUN_ID"] = running.run.run_id  # children and Ray's workers belong to this run
-    known = {key: value for key, value in running.facts.items() if key != "silent_end"}
-    facts = {**known, **_process_facts(config), **stated}
-    rank = facts.get("rank")
-    around = Surroundings(
-        stdout=fds.kind(fds.STDOUT),
-        stderr=fds.kind(fds.STDERR),
-        rank=rank if isinstance(rank, int) else None,
-        channel=stated.get("channel"),
-        notebook="ipykernel" in sys.modules,
-    )
-    what, sentence = plan(config, around)
-    facts["channel"] = "infra" if what == "redirect" else "progress"
-    if "role" not in facts:
-        facts["role"] = "trainer" if around.rank is not None else "driver"
-    try:
-        _capture(running, what, facts)
-    except OSError as error:
-        guard.say(f"output is not recorded: {error}")
-        return
-    if sentence:
-        guard.say(sentence)
-    _bring_shipping(config, running)
-    running.start_recording()
-    running.look_after()
-
-
-def _process_facts(config: Config) -> identity.Facts:
-    return {**identity.process_facts(config), **identity.rank_facts()}
-
-
-def _bring_shipping(config: Config, running: Runtime) -> None:
-    if config.launched:
-        return
-    from skyrl_otel.spool import token
-
-    with guard.guarded("runtime.shipping"):
-        shipping = token.from_config(config)
-        if shipping is not None:
-            token.write(running.run, shipping)
-
-
-def _capture(running: Runtime, what: Plan, facts: identity.Facts) -> None:
-    early = running.folder  # a handler's, or the launcher's for a program that had not asked for us yet
-    if what == "redirect":
-        running.redirect(facts)
-        running.install_streams()
-        _silence_end(early)
-        return
-    places: dict[str, tuple[fds.Place, int]] = {}
-    if what == "follow":
-        for name, descriptor in (("out", fds.STDOUT), ("err", fds.STDERR)):
-            found = fds.place(descriptor)
-            if found and all((found.dev, found.ino) != (other.dev, other.ino) for other, _ in places.values()):
-                places[name] = (found, found.size)
-    if places:
-        running.follow(places, facts, skip_markers=False)
-        _silence_end(early)
-    elif early is not None:
-        running.publish({**facts, "silent_end": False})
-    else:
-        running.records_only(facts)
-
-
-def _silence_end(folder: WriterFolder | None) -> None:
-    if folder is not None:
-        folder.publish({"silent_end": True})  # the process ends once, in its other folder
-
-
-def install_integrations() -> None:
-    """Have each framework looked after: now where it is imported already, else right after its import."""
-    from skyrl_otel.capture.postimport import after_import
-
-    for module, home, function in INTEGRATIONS:
-        after_import(module, partial(_call_with_module, home, function))
-
-
-def watch_imports(name: str, path: Any, target: Any) -> Any:
-    """For `inject/sitecustomize.py`, in the middle of the first import of a framework: take over from there."""
-    install_integrations()
-    return sys.meta_path[0].find_spec(name, path, target)
 
 
 @guard.never_raises
@@ -540,20 +340,6 @@ def detach() -> None:
             running.stop(goodbye=True)
             atexit.unregister(_at_exit)
         _runtime = None
-
-
-def _is_ray_worker() -> bool:
-    worker = sys.modules.get("ray._private.worker")
-    found = getattr(worker, "global_worker", None)
-    return found is not None and getattr(found, "mode", None) == getattr(worker, "WORKER_MODE", 1)
-
-
-def _call_with_module(home: str, function: str, _: ModuleType) -> None:
-    _call(home, function)
-
-
-def _call(home: str, function: str, *args: Any) -> None:
-    getattr(import_module(home), function)(*args)
 
 
 def _in_child() -> None:

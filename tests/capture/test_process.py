@@ -370,3 +370,23 @@ print("went on")
         env={"SKYRL_OTEL_SPOOL_DIR": str(tmp_path), "SKYRL_OTEL_ALLOW_TMPFS": "1", "SKYRL_OTEL_RAISE": ""},
     )
     assert done.stdout == b"went on\n"
+
+
+def test_a_forked_child_that_gets_no_folder_says_so_once(host: Host, spool: Path) -> None:
+    host(
+        ATTACH
+        + f"""
+import logging, os
+os.chmod({str(spool)!r}, 0o755)
+pid = os.fork()
+if pid == 0:
+    for number in range(3): logging.warning("lost %d", number)
+    os._exit(0)
+os.waitpid(pid, 0)
+print(pid)
+"""
+    )
+    [folder] = written(spool)
+    child = int(folder.text())
+    said = [line for line in folder.text("err").splitlines() if b"skyrl-otel" in line]
+    assert len(said) == 1 and f"records of the forked process {child} are lost".encode() in said[0]

@@ -32,7 +32,7 @@ class _Before:
     """Answers for no module of its own. Waits for the imports after which there is something for us to do."""
 
     def __init__(self, modules: dict[str, str | None]) -> None:
-        self.modules = modules  # name → function of `capture/runtime.py` that finds it; None: `logging`, which is ours
+        self.modules = modules  # name → function of `capture/attach.py` that finds it; None: `logging`, which is ours
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in self.modules:
@@ -41,9 +41,9 @@ class _Before:
         try:
             if home is None:
                 return self._logging(name, path, target)
-            from skyrl_otel.capture import runtime
+            from skyrl_otel.capture import attach
 
-            return getattr(runtime, home)(name, path, target)
+            return getattr(attach, home)(name, path, target)
         except Exception:
             if os.environ.get("SKYRL_OTEL_RAISE"):
                 raise
@@ -74,7 +74,7 @@ def _try(action: Callable[[], None]) -> None:
 
 
 def _take_records() -> None:
-    from skyrl_otel.capture.runtime import take_records
+    from skyrl_otel.capture.attach import take_records
 
     take_records()
 
@@ -159,7 +159,7 @@ def _start() -> None:
         # Children of a rank inherit its descriptors, and with them its place in the spool.
         os.environ["SKYRL_OTEL_RANK_OF"] = str(os.getpid())
         if is_silent:
-            from skyrl_otel.capture.runtime import attach
+            from skyrl_otel.capture.attach import attach
 
             attach()
 

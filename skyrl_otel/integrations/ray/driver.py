@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from skyrl_otel.capture import guard, identity, runtime
+from skyrl_otel.capture import attach, guard, identity, runtime
 from skyrl_otel.capture.postimport import after_import
 from skyrl_otel.config import VARIABLES, Config
 from skyrl_otel.integrations import progress
@@ -287,7 +287,7 @@ def _after_init(run: RunDir) -> None:
 
     _served.add(run.run_id)
     if running.config.launched:
-        runtime.take_records()  # also of a driver that has logged nothing yet: its folder says which job it is
+        attach.take_records()  # also of a driver that has logged nothing yet: its folder says which job it is
     own_session = bool(getattr(ray_worker._global_node, "head", False))
     config = running.config
     worker = ray_worker.global_worker
