@@ -30,7 +30,7 @@ FAST_WATCH_S = 20.0
 
 def process_facts(config: Config) -> Facts:
     """What holds for the whole process."""
-    facts: Facts = {"pid": os.getpid(), "host": socket.gethostname(), "argv0": _argv0()}
+    facts: Facts = {"pid": os.getpid(), "parent_pid": os.getppid(), "host": socket.gethostname(), "argv0": _argv0()}
     if config.project:
         facts["project"] = config.project
     if config.service_name:

@@ -10,6 +10,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
@@ -20,6 +21,7 @@ from skyrl_otel.capture import fds, guard, identity
 from skyrl_otel.capture.console import Mode
 from skyrl_otel.capture.folders import FollowedFolder
 from skyrl_otel.capture.handler import Recording, provide
+from skyrl_otel.capture.kin import Kin
 from skyrl_otel.capture.levels import Levels
 from skyrl_otel.capture.plan import Plan, Surroundings, plan
 from skyrl_otel.capture.stream import LineStream
@@ -53,7 +55,7 @@ class Runtime:
         self._saved: fds.Saved | None = None
         self._streams: dict[str, tuple[Any, LineStream]] = {}
         self._lock = threading.RLock()  # protects folder, _folders, _saved, _streams, facts
-        self.recording = Recording(self._place_of_records, Levels(config.levels))
+        self.recording = Recording(self._place_of_records, Levels(config.levels), Kin(run))
         self._records_of = ""
         self.takes_records = False
         self.is_attached = False
@@ -129,7 +131,7 @@ class Runtime:
         run = layout.open_run(self.config.spool_root, self.run.run_id)
         left_out = ("follow", "goodbye", "awaits", "lost", "errors")
         facts = {key: value for key, value in self.facts.items() if key not in left_out}
-        facts.update(pid=os.getpid(), parent=self._records_of, silent_end=True)
+        facts.update(pid=os.getpid(), parent_pid=os.getppid(), parent=self._records_of, silent_end=True)
         folder = WriterFolder.create(run, files=(), facts=facts)
         self._records_of = folder.writer_id
         return folder
@@ -141,6 +143,8 @@ class Runtime:
             return
         self.takes_records = True
         self.recording.start()
+        # Behind the start: all that is made from now on is taken. Not so before, unless the first record has brought us here.
+        self.publish({"records_since": time.time() if attached else 0.0})
         self.watch.add("records", self._look_after_records, AGENT_CHECK_S)
 
     def _look_after_records(self) -> float | None:
