@@ -73,8 +73,7 @@ class Recording:
 
     def echo(self, modes: dict[int, Mode], nonce: bytes = b"") -> None:
         """What becomes of the console's echo on descriptors 1 and 2 from now on."""
-        self.console.nonce = nonce
-        self.console.modes = dict(modes)
+        self.console.watch(modes, nonce)
 
     def look_after(self) -> None:
         """For the watch thread and the exit: find out what was lost, and say so. Raises OSError."""

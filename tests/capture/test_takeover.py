@@ -208,6 +208,30 @@ logging.warning("by the last resort")
     assert text(spool) == b"printed\nby rich's console\n"
 
 
+def test_a_file_handler_of_dev_stderr_is_a_console_and_one_of_another_file_is_not(
+    host: Host, spool: Path, tmp_path: Path
+) -> None:
+    """As in containers, where all that is to be seen goes to /dev/stdout or /dev/stderr by name."""
+    host(
+        f"import logging; early = logging.FileHandler({str(tmp_path / 'early')!r})\n"
+        + INFRA
+        + f"""
+import logging, sys
+log = logging.getLogger("app"); log.setLevel(20)
+own = logging.FileHandler({str(tmp_path / "own")!r})
+for handler in (early, own, logging.FileHandler("/dev/stderr"), logging.FileHandler("/dev/stdout")):
+    log.addHandler(handler)
+for number in range(3):
+    log.info("logged %d", number)
+    print("printed", number)
+"""
+    )
+    assert [record.body for record in records(spool)] == [f"logged {number}" for number in range(3)]
+    assert text(spool) == b"".join(b"printed %d\n" % number for number in range(3))
+    for name in ("early", "own"):
+        assert (tmp_path / name).read_text().splitlines() == [f"logged {number}" for number in range(3)]
+
+
 def test_levels_leave_records_out_before_they_are_encoded(host: Host, spool: Path) -> None:
     host(
         INFRA
