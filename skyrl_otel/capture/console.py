@@ -16,11 +16,16 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
-from skyrl_otel.capture import guard
+from skyrl_otel.capture import fds, guard
 from skyrl_otel.capture.records import Records
 from skyrl_otel.spool import frames, marks
+
+_MOST_STREAMS = 64
 
 Mode = Literal["skip", "mark", "note"]
 
@@ -34,6 +39,12 @@ class Console:
         self._records = records
         self._readers: dict[tuple[int, int], int] = {}
         self._streams: dict[int, EchoStream] = {}
+        self._numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def watch(self, modes: Mapping[int, Mode], nonce: bytes = b"") -> None:
+        """What becomes of echoes on descriptors 1 and 2 from now on."""
+        self.nonce, self.modes = nonce, dict(modes)
+        self._numbers = {}
 
     def stand_in(self, stream: Any) -> Any:
         """What a console handler that writes to `stream` should write to instead: None for nothing, `stream` for itself."""
@@ -46,23 +57,43 @@ class Console:
             descriptor = stream.fileno()
         except Exception:  # a StringIO, a closed file, whatever somebody made
             return stream
-        mode = modes.get(descriptor)
+        number = descriptor if descriptor in modes else self._number(stream, descriptor)
+        mode = modes.get(number)
         if mode is None:
             return stream
         if mode == "skip":
             return None
         known = self._streams.get(id(stream))
         if known is None or known.original is not stream:
-            known = self._streams[id(stream)] = EchoStream(self, stream, descriptor)
+            known = self._streams[id(stream)] = EchoStream(self, stream, descriptor, number)
         return known
+
+    def _number(self, stream: Any, descriptor: int) -> int:
+        """1 or 2 where a stream of another number leads to the same file, pipe or terminal: `FileHandler("/dev/stderr")`.
+
+        Asked once for each stream. -1 where it leads elsewhere.
+        """
+        known = self._numbers.get(id(stream))
+        if known is not None and known[0]() is stream:
+            return known[1]
+        file = fds.file_of(descriptor)
+        number = next((one for one in self.modes if file is not None and fds.file_of(one) == file), -1)
+        if len(self._numbers) > _MOST_STREAMS:
+            self._numbers.clear()
+        with suppress(TypeError):  # somebody's own class, without weak references
+            self._numbers[id(stream)] = weakref.ref(stream), number
+        return number
 
     def must_show(self, record: object) -> bool:
         """Whether a record could not be taken, so that its echo must stand where it was going to."""
         return record is self._records.untaken
 
-    def write(self, descriptor: int, data: bytes) -> bool:
-        """Write an echo; False where it has to go the ordinary way. Raises OSError as write(2) does."""
-        mode = None if self._records.failing else self.modes.get(descriptor)
+    def write(self, descriptor: int, number: int, data: bytes) -> bool:
+        """Write an echo; False where it has to go the ordinary way. Raises OSError as write(2) does.
+
+        `number` is 1 or 2: which of them `descriptor` leads to the same place as.
+        """
+        mode = None if self._records.failing else self.modes.get(number)
         if mode == "mark":
             for piece in marks.wrapped(data, self.nonce):
                 _write_all(descriptor, piece)
@@ -73,11 +104,11 @@ class Console:
                 _write_all(descriptor, data[written:])
                 return True
             with guard.guarded("console.note"):
-                self._note(descriptor, data)
+                self._note(descriptor, number, data)
             return True
         return mode == "skip"
 
-    def _note(self, descriptor: int, data: bytes) -> None:
+    def _note(self, descriptor: int, number: int, data: bytes) -> None:
         end = os.lseek(descriptor, 0, os.SEEK_CUR)
         found = os.fstat(descriptor)
         start = end - len(data)
@@ -86,7 +117,7 @@ class Console:
             guard.counts["console.unsure"] += 1
             return
         note = {
-            "echo": "out" if descriptor == 1 else "err",
+            "echo": "out" if number == 1 else "err",
             "dev": found.st_dev,
             "ino": found.st_ino,
             "start": start,
@@ -106,12 +137,13 @@ class Console:
 class EchoStream:
     """In a console handler in the place of its stream: the same in all respects but where text goes."""
 
-    __slots__ = ("_console", "_descriptor", "original")
+    __slots__ = ("_console", "_descriptor", "_number", "original")
 
-    def __init__(self, console: Console, original: Any, descriptor: int) -> None:
+    def __init__(self, console: Console, original: Any, descriptor: int, number: int) -> None:
         self.original = original
         self._console = console
         self._descriptor = descriptor
+        self._number = number
 
     def write(self, text: str) -> Any:
         original = self.original
@@ -123,7 +155,7 @@ class EchoStream:
             data = text.encode(encoding, errors)
         except Exception:
             return original.write(text)
-        if self._console.write(self._descriptor, data):
+        if self._console.write(self._descriptor, self._number, data):
             return len(text)
         return original.write(text)
 

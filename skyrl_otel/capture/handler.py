@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 from skyrl_otel.capture import guard, takeover
 from skyrl_otel.capture.console import Console, Mode
+from skyrl_otel.capture.kin import Kin
 from skyrl_otel.capture.levels import Levels
 from skyrl_otel.capture.records import Place, Records
 from skyrl_otel.capture.taker import Take, make_take
@@ -24,10 +24,11 @@ _OURS = ("console.", "handler.", "loguru.", "records.", "takeover.")
 class Recording:
     """All that takes records in this process. One per runtime."""
 
-    def __init__(self, place: Place, levels: Levels) -> None:
+    def __init__(self, place: Place, levels: Levels, kin: Kin) -> None:
         self.records = Records(place)
         self.console = Console(self.records)
-        self.take: Take = make_take(self.records, levels, takeover.is_loguru_s)
+        self.take: Take = make_take(self.records, levels, takeover.is_loguru_s, self._is_elsewhere)
+        self._kin = kin
         self._levels = levels
         self._is_over = False
         self._told: dict[str, Any] = {}
@@ -40,6 +41,10 @@ class Recording:
         from skyrl_otel.capture.postimport import after_import
 
         after_import("loguru", self._tap)
+
+    def _is_elsewhere(self, record: logging.LogRecord) -> bool:
+        takeover.arrived(record)
+        return record.process is not None and self._kin.took(record.process, record.created)
 
     def _tap(self, _: ModuleType) -> None:
         if self._is_over:  # it was still waiting for the import; a later recording waits behind it
@@ -68,8 +73,7 @@ class Recording:
 
     def echo(self, modes: dict[int, Mode], nonce: bytes = b"") -> None:
         """What becomes of the console's echo on descriptors 1 and 2 from now on."""
-        self.console.nonce = nonce
-        self.console.modes = dict(modes)
+        self.console.watch(modes, nonce)
 
     def look_after(self) -> None:
         """For the watch thread and the exit: find out what was lost, and say so. Raises OSError."""
@@ -153,5 +157,5 @@ class OTelLogHandler(logging.Handler):
         if takeover.is_installed():
             return
         recording = _current()
-        if recording is not None and record.process in (None, os.getpid()):
+        if recording is not None:
             recording.take(record)

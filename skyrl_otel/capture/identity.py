@@ -28,7 +28,7 @@ FAST_WATCH_S = 20.0
 
 def process_facts(config: Config) -> Facts:
     """What holds for the whole process."""
-    facts: Facts = {"pid": os.getpid(), "host": os.uname().nodename, "argv0": _argv0()}
+    facts: Facts = {"pid": os.getpid(), "parent_pid": os.getppid(), "host": os.uname().nodename, "argv0": _argv0()}
     if config.project:
         facts["project"] = config.project
     if config.service_name:

@@ -9,6 +9,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from skyrl_otel.capture import fds, guard, identity
 from skyrl_otel.capture.console import Mode
 from skyrl_otel.capture.folders import FollowedFolder
 from skyrl_otel.capture.handler import Recording, provide
+from skyrl_otel.capture.kin import Kin
 from skyrl_otel.capture.levels import Levels
 from skyrl_otel.capture.stream import LineStream
 from skyrl_otel.capture.watch import Watch
@@ -45,7 +47,7 @@ class Runtime:
         self._saved: fds.Saved | None = None
         self._streams: dict[str, tuple[Any, LineStream]] = {}
         self._lock = threading.RLock()  # protects folder, _folders, _saved, _streams, facts
-        self.recording = Recording(self._place_of_records, Levels(config.levels))
+        self.recording = Recording(self._place_of_records, Levels(config.levels), Kin(run))
         self._records_of = ""
         self.takes_records = False
         self.is_attached = False
@@ -120,7 +122,7 @@ class Runtime:
             return None
         left_out = ("follow", "goodbye", "awaits", "lost", "errors")
         facts = {key: value for key, value in self.facts.items() if key not in left_out}
-        facts.update(pid=os.getpid(), parent=self._records_of, silent_end=True)
+        facts.update(pid=os.getpid(), parent_pid=os.getppid(), parent=self._records_of, silent_end=True)
         try:
             run = layout.open_run(self.config.spool_root, self.run.run_id)
             folder = WriterFolder.create(run, files=(), facts=facts)
@@ -139,6 +141,8 @@ class Runtime:
             return
         self.takes_records = True
         self.recording.start()
+        # Behind the start: all that is made from now on is taken. Not so before, unless the first record has brought us here.
+        self.publish({"records_since": time.time() if attached else 0.0})
         self.watch.add("records", self._look_after_records, AGENT_CHECK_S)
 
     def _look_after_records(self) -> float | None:

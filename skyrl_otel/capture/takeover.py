@@ -9,13 +9,18 @@ Not wrapped: `callHandlers`, `handle`, `emit`. Whoever passes `logging` on to lo
 the log call (`depth=6`), or walks them while their file is `logging`'s; one frame of ours in between would change what the
 program prints. A filter has returned before the handlers are called.
 
+A record of another process (`logging.handlers.QueueListener`, `makeLogRecord`) comes to a logger again, or to handlers alone.
+It is taken there unless that process has taken it (`kin.py`).
+
 What a process pays: one Python call a record, and what `taker.py` does in it; one call for each handler that is asked.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
 from typing import Any
 
 from skyrl_otel.capture import guard
@@ -23,6 +28,7 @@ from skyrl_otel.capture.console import Console
 from skyrl_otel.capture.taker import Take
 
 _installed: dict[str, Any] = {}
+_received = threading.local()
 
 
 def is_installed() -> bool:
@@ -57,6 +63,9 @@ def install(take: Take, console: Console) -> None:
 
     def filter_of_handler(self: logging.Handler, record: logging.LogRecord, /) -> Any:
         passed = handler_filter(self, record)
+        if passed and record.process not in (None, os.getpid()) and getattr(_received, "record", None) is not record:
+            arrived(record)
+            take(record)
         if passed and console.modes:
             try:
                 fields = self.__dict__
@@ -95,6 +104,11 @@ def remove() -> None:
                 kind.filter = _installed[key]  # type: ignore[method-assign]
     logging._StderrHandler.stream = _installed["last"]  # type: ignore[attr-defined]
     _installed.clear()
+
+
+def arrived(record: logging.LogRecord) -> None:
+    """A record of another process has come to a logger here, or to a first handler: further ones ask for nothing."""
+    _received.record = record
 
 
 def is_loguru_s(record: logging.LogRecord) -> bool:

@@ -39,12 +39,18 @@ _pack_times = struct.Struct("<BQBQ").pack
 _TIMES_BYTES = 18
 
 
-def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogRecord], bool] | None = None) -> Take:
+def make_take(
+    records: Records,
+    levels: Levels,
+    is_known: Callable[[logging.LogRecord], bool] | None = None,
+    is_elsewhere: Callable[[logging.LogRecord], bool] | None = None,
+) -> Take:
     """A function that writes a record and says whether it did: False also where the levels leave it out.
 
     `is_known` is asked of records with a field `extra`, as loguru's have: whether this one was taken before, in another form.
+    `is_elsewhere` is asked of records of another process: whether that has taken it.
     """
-    heads: dict[tuple[str, str, int, int, int | None, str | None, int, int], tuple[bytes, bytes, int]] = {}
+    heads: dict[tuple[Any, ...], tuple[bytes, bytes, int]] = {}
     pack_times, pack_header = _pack_times, _pack_header
     write, modules, join = os.write, sys.modules, b"".join
     log_record, plain_count, longest = logging.LogRecord, encode.PLAIN_COUNT, encode.MESSAGE_BYTES
@@ -64,10 +70,11 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
         )
         prefix = b"".join((_scope(name), b"\x12", encode.varint(len(place) + size), place))
         head = (_pack_length(frames.MAGIC, len(prefix) + size), prefix, crc32(prefix))
-        if size < _HEAD_SHARED_BELOW:
+        # Not of another process's: `is_elsewhere` has to be asked each time.
+        if size < _HEAD_SHARED_BELOW and record.process in (None, os.getpid()):
             if len(heads) >= _MOST_HEADS:
                 heads.clear()
-            heads[name, path, line, level, ident, thread, text_size, rest_size] = head
+            heads[name, path, line, level, ident, thread, record.process, text_size, rest_size] = head
         return head
 
     def take(record: logging.LogRecord) -> bool:
@@ -94,7 +101,7 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
             if text_size > longest:
                 text = encode.cut(text)
                 text_size = len(text)
-            ident, thread, created = record.thread, record.threadName, record.created
+            ident, thread, process, created = record.thread, record.threadName, record.process, record.created
             if active_context is None and "opentelemetry.trace" in modules:
                 active_context = _context_reader()
             in_context = active_context is not None and active_context()
@@ -114,8 +121,11 @@ def make_take(records: Records, levels: Levels, is_known: Callable[[logging.LogR
                 rest_size = 0
                 tail = text + times
             try:
-                start, prefix, checksum = heads[name, path, line, level, ident, thread, text_size, rest_size]
+                key = name, path, line, level, ident, thread, process, text_size, rest_size
+                start, prefix, checksum = heads[key]
             except KeyError:
+                if is_elsewhere is not None and process not in (None, os.getpid()) and is_elsewhere(record):
+                    return True
                 start, prefix, checksum = new_head(record, text_size, rest_size)
             frame = join((pack_header(start, crc32(tail, checksum)), prefix, tail))
             size = len(frame)

@@ -100,6 +100,39 @@ def test_in_a_followed_file_the_echo_stays_and_is_read_over(host: Host, spool: P
     assert len(extra) < 40
 
 
+def test_in_a_followed_file_the_echo_by_its_name_is_read_over_too(host: Host, spool: Path, tmp_path: Path) -> None:
+    """`/dev/stderr`, and the file's own name: a description of its own, with an offset of its own."""
+    output = tmp_path / "err"
+    with open(output, "ab") as file:
+        host(
+            f"""
+import logging, sys
+import skyrl_otel; skyrl_otel.attach()
+log = logging.getLogger("app"); log.setLevel(20)
+log.addHandler(logging.FileHandler("/dev/stderr")); log.addHandler(logging.FileHandler({str(output)!r}))
+for number in range(50):
+    log.info("logged %d", number)
+    print("printed", number, file=sys.stderr)
+""",
+            stderr=file,
+            stdout=file,
+        )
+    assert output.read_text().count("logged") == 100
+    [folder] = written(spool)
+    agent = Writer("run", folder.path.name[2:], folder.path)
+    bodies: list[str] = []
+    now = 10**12
+    for _ in range(40):
+        now += 200_000_000
+        agent.observe(now)
+        batch = build([agent])
+        bodies += [record.body for record in decode(batch.body) if not record.event]
+        for move in batch.moves:
+            move.file.accept(move.to)
+    agent.close()
+    assert sorted(bodies) == sorted(f"{word} {number}" for number in range(50) for word in ("logged", "printed"))
+
+
 def test_a_second_reading_passes_over_the_same_echoes(host: Host, spool: Path, tmp_path: Path) -> None:
     with open(tmp_path / "err", "ab") as file:
         host(PROGRAM, stderr=file, stdout=file)

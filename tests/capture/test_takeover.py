@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.capture.conftest import Host, written
+from skyrl_otel.spool import frames
+from tests.capture.conftest import Host, Written, written
 from tests.capture.frames import Taken, taken
 
 INFRA = "import skyrl_otel; skyrl_otel.attach(role='policy', rank=3, channel='infra')\n"
@@ -206,6 +207,30 @@ logging.warning("by the last resort")
     )
     assert [record.body for record in records(spool)] == ["once", "by the last resort"]
     assert text(spool) == b"printed\nby rich's console\n"
+
+
+def test_a_file_handler_of_dev_stderr_is_a_console_and_one_of_another_file_is_not(
+    host: Host, spool: Path, tmp_path: Path
+) -> None:
+    """As in containers, where all that is to be seen goes to /dev/stdout or /dev/stderr by name."""
+    host(
+        f"import logging; early = logging.FileHandler({str(tmp_path / 'early')!r})\n"
+        + INFRA
+        + f"""
+import logging, sys
+log = logging.getLogger("app"); log.setLevel(20)
+own = logging.FileHandler({str(tmp_path / "own")!r})
+for handler in (early, own, logging.FileHandler("/dev/stderr"), logging.FileHandler("/dev/stdout")):
+    log.addHandler(handler)
+for number in range(3):
+    log.info("logged %d", number)
+    print("printed", number)
+"""
+    )
+    assert [record.body for record in records(spool)] == [f"logged {number}" for number in range(3)]
+    assert text(spool) == b"".join(b"printed %d\n" % number for number in range(3))
+    for name in ("early", "own"):
+        assert (tmp_path / name).read_text().splitlines() == [f"logged {number}" for number in range(3)]
 
 
 def test_levels_leave_records_out_before_they_are_encoded(host: Host, spool: Path) -> None:
@@ -465,6 +490,62 @@ log.info("two")
 """
     )
     assert [record.body for record in records(spool)][:2] == ["one", "two"]
+
+
+AFTER_A_HANDLER = """
+import logging, sys, skyrl_otel
+log = logging.getLogger("chosen"); log.setLevel(20)
+log.addHandler(skyrl_otel.OTelLogHandler())
+log.info("chosen, before"); logging.getLogger("other").warning("not chosen, before")
+print("printed, before", flush=True)
+skyrl_otel.attach(ARGUMENTS)
+console = logging.StreamHandler(sys.stderr); logging.getLogger("other").addHandler(console)
+log.info("chosen, after"); logging.getLogger("other").warning("other, after")
+print("printed, after", flush=True)
+from loguru import logger
+logger.info("loguru, after")
+"""
+ONCE = ["chosen, before", "chosen, after", "other, after", "loguru, after"]
+
+
+def test_attach_after_a_handler_alone_redirects_and_takes_all(host: Host, spool: Path) -> None:
+    """The handler stays where it is, and adds nothing from then on."""
+    done = host(AFTER_A_HANDLER.replace("ARGUMENTS", "role='policy', rank=3, channel='infra'"))
+    assert [record.body for folder in in_order(spool) for record in taken(folder.path)] == ONCE
+    assert text(spool) == b"printed, after\n", "all that was printed since, and no echo"
+    assert done.stdout == b"printed, before\n"
+    early, late = in_order(spool)
+    assert (late.facts["role"], late.facts["rank"], late.facts["channel"]) == ("policy", 3, "infra")
+    assert early.facts["silent_end"] and not late.facts.get("silent_end"), "one process, one end"
+    assert early.facts["pid"] == late.facts["pid"]
+
+
+def test_attach_after_a_handler_alone_follows_a_file(host: Host, spool: Path, tmp_path: Path) -> None:
+    with open(tmp_path / "output", "ab") as output:
+        host(AFTER_A_HANDLER.replace("ARGUMENTS", ""), stdout=output, stderr=output)
+    early, late = in_order(spool)
+    noted = [frame.payload for frame in frames_of(late) if frame.payload[:1] == b"{"]
+    assert [record.body for folder in (early, late) for record in taken(folder.path)] == ONCE
+    assert len(noted) == 2, "the console's echo of each record but the chosen logger's, which has no console"
+    assert early.facts["silent_end"] and not late.facts.get("silent_end")
+    assert late.facts["follow"]["out"]["path"] == str(tmp_path / "output")
+
+
+def test_attach_after_a_handler_alone_under_run(host: Host, spool: Path) -> None:
+    """Output stays the launcher's: no second folder, and the one that is says who this is from then on."""
+    host(AFTER_A_HANDLER.replace("ARGUMENTS", "role='reward'"), env={"SKYRL_OTEL_LAUNCHER": "1"})
+    (folder,) = written(spool)
+    assert [record.body for record in taken(folder.path)] == ONCE
+    assert folder.facts["role"] == "reward" and folder.facts["silent_end"] is False
+
+
+def in_order(spool: Path) -> list[Written]:
+    """The handler's folder first."""
+    return sorted(written(spool), key=lambda folder: taken(folder.path)[0].body != ONCE[0])
+
+
+def frames_of(folder: Written) -> list[frames.Frame]:
+    return [item for item in frames.scan((folder.path / "records.0").read_bytes()) if isinstance(item, frames.Frame)]
 
 
 def test_a_full_disk_and_a_removed_spool_cost_records_and_nothing_else(host: Host, spool: Path) -> None:

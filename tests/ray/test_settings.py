@@ -124,6 +124,24 @@ def test_a_submitted_jobs_environment_is_merged_as_ray_does(driver: Driver) -> N
     assert with_us.stderr.splitlines()[-1] == without.stderr.splitlines()[-1]
 
 
+def test_runtime_env_after_a_handler_alone(driver: Driver) -> None:
+    """The process has a runtime by then, for the handler's records; its job's workers are recorded all the same."""
+    ran = driver(
+        f"""{ACTOR}
+import logging, skyrl_otel
+log = logging.getLogger("chosen"); log.setLevel(20)
+log.addHandler(skyrl_otel.OTelLogHandler())
+log.info("before")
+ray.init(runtime_env=skyrl_otel.runtime_env({{"env_vars": {{"MINE": "5"}}}}))
+log.info("after"){END}""",
+        env={"SKYRL_OTEL_LAUNCHER": ""},
+    )
+    assert ran.result()["MINE"] == "5" and recorded(ran)
+    [ours] = [writer for writer in ran.writers if taken(writer.path)]
+    assert [record.body for record in taken(ours.path)] == ["before", "after"]
+    assert ours.facts["job_id"] == ran.actor("Actor").facts["job_id"]
+
+
 def test_implicit_init_and_a_second_init(driver: Driver) -> None:
     ran = driver(
         f"""{ACTOR}

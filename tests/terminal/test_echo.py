@@ -69,6 +69,27 @@ def test_in_pipes_each_stream_keeps_its_own(launch: Launcher, word: tuple[str, .
     assert launch.recorded("err") == b"" and launch.recorded().count(b"\n") == 201
 
 
+BY_NAME = """
+import logging
+log = logging.getLogger("app"); log.setLevel(20)
+for name in ("/dev/stderr", "/dev/stdout"): log.addHandler(logging.FileHandler(name))
+for number in range(50):
+    log.info("logged %d", number)
+    print("printed", number, flush=True)
+"""
+
+
+def test_a_console_by_its_name_is_one(launch: Launcher) -> None:
+    bare = launch.terminal(*python(BY_NAME), bare=True)
+    bare.finish()
+    terminal = launch.terminal(*python(BY_NAME))
+    assert os.WEXITSTATUS(terminal.finish()) == 0, terminal.output[-500:]
+    assert terminal.output.startswith(bare.output)
+    assert records(launch) == [f"logged {number}" for number in range(50)]
+    recorded = launch.recorded().replace(b"\r\n", b"\n").decode().splitlines()
+    assert recorded == [f"printed {number}" for number in range(50)]
+
+
 @attached
 def test_what_is_redirected_within_the_command_is_left_alone(
     launch: Launcher, tmp_path: Path, word: tuple[str, ...]
