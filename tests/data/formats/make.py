@@ -10,6 +10,7 @@ Where a program logs what we tell it to, that is what was told. Where it logs wh
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import faulthandler
 import importlib.metadata
@@ -18,13 +19,16 @@ import logging
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +229,54 @@ def make_deepspeed() -> None:
     stdlib(DEEPSPEED)
     for record in EXPECTED:
         record["logger"] = "deepspeed"
+
+
+def make_vllm_old() -> None:
+    """The old layout, by vLLM 0.7.3's own logger, formatter and worker prefix out of its wheel; no engine runs.
+
+    `vllm/logger.py`, `vllm/logging_utils/formatter.py`, and `_add_prefix` of `vllm/executor/multiproc_worker_utils.py`.
+    """
+    folder = Path(tempfile.mkdtemp())
+    pip = [
+        f"{sys.base_prefix}/bin/python3",
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "vllm==0.7.3",
+    ]
+    subprocess.run([*pip, "-d", folder, "--platform=manylinux1_x86_64"], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        names = [
+            name for name in wheel.namelist() if name.startswith(("vllm/logg", "vllm/envs.py", "vllm/executor/multip"))
+        ]
+        wheel.extractall(folder, names)
+    (folder / "vllm/__init__.py").touch()  # the package's own imports torch
+    sys.path.insert(0, str(folder))
+    os.environ["VLLM_LOGGING_LEVEL"] = "DEBUG"
+    sys.stdout = os.fdopen(2, "w", buffering=1, closefd=False)
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.engine.llm_engine")
+    say(logger, "vllm")
+    count = len(EXPECTED)
+    source = (folder / "vllm/executor/multiproc_worker_utils.py").read_text()
+    tree = ast.parse(source)
+    tree.body = [
+        part
+        for part in tree.body
+        if getattr(part, "name", "") == "_add_prefix"
+        or ast.unparse(part).startswith(("CYAN =", "RESET =", "from typing"))
+    ]
+    space: dict[str, Any] = {}
+    exec(compile(tree, "multiproc_worker_utils.py", "exec"), space)
+    space["_add_prefix"](sys.stdout, "VllmWorkerProcess", os.getpid())
+    say(logger, "vllm")
+    for record in EXPECTED[count:]:
+        record.update(child="VllmWorkerProcess", pid=os.getpid())
+    shutil.rmtree(folder)
 
 
 def make_ray() -> None:
@@ -483,6 +535,7 @@ NAMES: dict[str, tuple[Callable[[], None], str, tuple[str, ...]]] = {
     "absl": (make_absl, "absl-py", PLACE),
     "uvicorn": (make_uvicorn, "uvicorn", ()),
     "uvicorn-server": (make_uvicorn_server, "uvicorn", ()),
+    "vllm-own-logger-alone": (make_vllm_old, "vllm==0.7.3", (*PLACE, "pid")),
     "ray": (make_ray, "ray", PLACE),
     "ray-core": (make_ray_core, "ray", PLACE),
     "ray-check": (make_check, "ray", (*PLACE, "pid")),
@@ -522,7 +575,9 @@ def stderr_in(path: Path) -> Iterator[None]:
 
 def main(name: str) -> None:
     make, package, prints = NAMES[name]
-    version = importlib.metadata.version(package) if package else f"python-{python_version()}"
+    _, pinned, version = package.partition("==")
+    if not pinned:
+        version = importlib.metadata.version(package) if package else f"python-{python_version()}"
     faulthandler.disable()
     path = HERE / f"{name}-{version}.log"
     with stderr_in(path):
