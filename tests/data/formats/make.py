@@ -27,6 +27,8 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -277,6 +279,80 @@ def make_vllm_old() -> None:
     for record in EXPECTED[count:]:
         record.update(child="VllmWorkerProcess", pid=os.getpid())
     shutil.rmtree(folder)
+
+
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+TINY = {"load-format": "dummy", "max-model-len": "128", "dtype": "float32"}
+ENGINE = """
+import sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], load_format="dummy", enforce_eager=True, max_model_len=128, dtype="float32",
+              tensor_parallel_size=2, distributed_executor_backend="mp")
+    print("generated", len(llm.generate(["w1 w2 w3"], SamplingParams(max_tokens=4), use_tqdm=False)))
+"""
+# The CPU build is named "vllm-cpu", and what `vllm serve` asks for its version is "vllm".
+ALIAS = """
+import importlib.metadata as metadata
+real = metadata.version
+metadata.version = lambda name: real("vllm-cpu") + "+cpu" if name == "vllm" else real(name)
+"""
+
+
+@contextlib.contextmanager
+def vllm_folder() -> Iterator[Path]:
+    """The current folder, with a tiny model in `tiny`, for the environment of `scripts/vllm-env`."""
+    sys.path.insert(0, str(HERE.parents[2]))
+    from tests.stack.programs.vllm_job import tiny_model
+
+    os.environ.update(VLLM)
+    with tempfile.TemporaryDirectory() as name:
+        os.chdir(name)
+        os.mkdir("tiny")
+        tiny_model("tiny")
+        yield Path(name)
+        os.chdir("/")
+
+
+def make_vllm_tp2() -> None:
+    """An engine and two workers; here it was ended by SIGTERM in its first step, and died with a traceback."""
+    with vllm_folder() as folder:
+        (folder / "engine.py").write_text(ENGINE)
+        stderr_of([sys.executable, "engine.py", "tiny"])
+
+
+def make_vllm_serve() -> None:
+    """`vllm serve`, asked for a completion and for what is not there."""
+    with vllm_folder() as folder:
+        (folder / "sitecustomize.py").write_text(ALIAS)
+        os.environ["PYTHONPATH"] = str(folder)
+        options = [word for key, value in TINY.items() for word in (f"--{key}", value)]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "tiny", "--enforce-eager", *options]
+        server = subprocess.Popen([*command, "--host=127.0.0.1", "--port=18123"], stdout=2)
+        while server.poll() is None and not asked("/v1/models"):
+            time.sleep(2)
+        asked("/v1/completions", b'{"model": "tiny", "prompt": "w1 w2", "max_tokens": 4}')
+        asked("/v1/nothing")
+        time.sleep(11)  # its statistics come every ten seconds
+        server.terminate()
+        server.wait()
+
+
+def asked(path: str, body: bytes | None = None) -> bool:
+    """Whether the server answered."""
+    request = urllib.request.Request(f"http://127.0.0.1:18123{path}", body, {"content-type": "application/json"})
+    try:
+        urllib.request.urlopen(request, timeout=60).read()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def make_ray() -> None:
@@ -535,6 +611,8 @@ NAMES: dict[str, tuple[Callable[[], None], str, tuple[str, ...]]] = {
     "absl": (make_absl, "absl-py", PLACE),
     "uvicorn": (make_uvicorn, "uvicorn", ()),
     "uvicorn-server": (make_uvicorn_server, "uvicorn", ()),
+    "vllm-tp2": (make_vllm_tp2, "vllm-cpu", ()),
+    "vllm-serve": (make_vllm_serve, "vllm-cpu", ()),
     "vllm-own-logger-alone": (make_vllm_old, "vllm==0.7.3", (*PLACE, "pid")),
     "ray": (make_ray, "ray", PLACE),
     "ray-core": (make_ray_core, "ray", PLACE),
