@@ -191,26 +191,30 @@ SHAPES = {
 
 
 def _check_header(header: str, record: Received, zones: Sequence[int], has_secrets: bool, *, is_first: bool) -> None:
-    match = _TIME.search(header)
+    assert not header or not header.isspace(), f"blanks are missing in {record}"
+    prefix = _CHILD.match(header)[0]  # type: ignore[index]
+    rest = header[len(prefix) :]
+    match = _TIME.search(rest)
     if match is not None:
-        if is_first:
-            assert _is_time(match, record, zones), f"the time of {header!r} is not that of {record}"
-        header = f"{header[: match.start()]}\0{header[match.end() :]}"
-    found = Counter(token.upper() for token in _TOKEN.findall(header))
+        assert not is_first or _is_time(match, record, zones), f"the time of {header!r} is not that of {record}"
+        rest = f"{rest[: match.start()]}\0{rest[match.end() :]}"
+    found = Counter(token.upper() for token in _TOKEN.findall(prefix + rest))
     known = _LITERALS + Counter(token.upper() for token in _TOKEN.findall(" ".join(_values(record))))
     left = found - known
     if left and has_secrets:
         masked = [word for value in _values(record) for word in value.split() if "*" in word]
         left = Counter(token for token in left if not any(_same(token, value.upper()) for value in masked))
     assert not left, f"{sorted(left)} of {header!r} is not in {record}"
-    shape = _shape(_CHILD.sub("", header, count=1)).rstrip(" ")
-    assert shape or not header or not header.isspace(), f"blanks are missing in {record}"
+    for name in ("code.file.path", "code.function.name"):  # which may have any bytes in them
+        if name in record.attributes:
+            rest = re.sub(_meant_by(record.attributes[name], rest), "w", rest, count=1, flags=re.DOTALL)
+    shape = _shape(rest)
     assert shape in SHAPES, f"{shape!r} of {header!r} is no header that is known, of {record}"
 
 
 @lru_cache(4096)
 def _shape(header: str) -> str:
-    return re.sub(r" {2,}", " ", _WORD.sub("w", header).replace("\0", "T"))
+    return re.sub(r" {2,}", " ", _WORD.sub("w", header).replace("\0", "T")).rstrip(" ")
 
 
 def _values(record: Received) -> list[str]:
@@ -298,11 +302,12 @@ def _is_stated(value: Any, record: Received, zones: Sequence[int]) -> bool:
 
 
 def _same(raw: str, shown: str) -> bool:
-    """Whether `shown` is `raw`, perhaps masked: a star stands for a byte."""
-    if raw == shown or "*" not in shown:
-        return raw == shown
+    """Whether `shown` is `raw`, perhaps masked."""
+    return raw == shown or ("*" in shown and re.fullmatch(_meant_by(shown, raw), raw, re.DOTALL) is not None)
+
+
+def _meant_by(shown: str, raw: str) -> str:
+    """A pattern of what may be masked to `shown`: a star stands for a byte."""
     least = "" if raw.isascii() else "1,"
-    parts = (
-        f".{{{least}{len(part)}}}" if part[0] == "*" else re.escape(part) for part in re.findall(r"\*+|[^*]+", shown)
-    )
-    return re.fullmatch("".join(parts), raw, re.DOTALL) is not None
+    parts = re.findall(r"\*+|[^*]+", shown)
+    return "".join(f".{{{least}{len(part)}}}" if part[0] == "*" else re.escape(part) for part in parts)

@@ -10,6 +10,7 @@ Where a program logs what we tell it to, that is what was told. Where it logs wh
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import faulthandler
 import importlib.metadata
@@ -18,13 +19,18 @@ import logging
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +231,128 @@ def make_deepspeed() -> None:
     stdlib(DEEPSPEED)
     for record in EXPECTED:
         record["logger"] = "deepspeed"
+
+
+def make_vllm_old() -> None:
+    """The old layout, by vLLM 0.7.3's own logger, formatter and worker prefix out of its wheel; no engine runs.
+
+    `vllm/logger.py`, `vllm/logging_utils/formatter.py`, and `_add_prefix` of `vllm/executor/multiproc_worker_utils.py`.
+    """
+    folder = Path(tempfile.mkdtemp())
+    pip = [
+        f"{sys.base_prefix}/bin/python3",
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "vllm==0.7.3",
+    ]
+    subprocess.run([*pip, "-d", folder, "--platform=manylinux1_x86_64"], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        names = [
+            name for name in wheel.namelist() if name.startswith(("vllm/logg", "vllm/envs.py", "vllm/executor/multip"))
+        ]
+        wheel.extractall(folder, names)
+    (folder / "vllm/__init__.py").touch()  # the package's own imports torch
+    sys.path.insert(0, str(folder))
+    os.environ["VLLM_LOGGING_LEVEL"] = "DEBUG"
+    sys.stdout = os.fdopen(2, "w", buffering=1, closefd=False)
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.engine.llm_engine")
+    say(logger, "vllm")
+    count = len(EXPECTED)
+    source = (folder / "vllm/executor/multiproc_worker_utils.py").read_text()
+    tree = ast.parse(source)
+    tree.body = [
+        part
+        for part in tree.body
+        if getattr(part, "name", "") == "_add_prefix"
+        or ast.unparse(part).startswith(("CYAN =", "RESET =", "from typing"))
+    ]
+    space: dict[str, Any] = {}
+    exec(compile(tree, "multiproc_worker_utils.py", "exec"), space)
+    space["_add_prefix"](sys.stdout, "VllmWorkerProcess", os.getpid())
+    say(logger, "vllm")
+    for record in EXPECTED[count:]:
+        record.update(child="VllmWorkerProcess", pid=os.getpid())
+    shutil.rmtree(folder)
+
+
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+TINY = {"load-format": "dummy", "max-model-len": "128", "dtype": "float32"}
+ENGINE = """
+import sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], load_format="dummy", enforce_eager=True, max_model_len=128, dtype="float32",
+              tensor_parallel_size=2, distributed_executor_backend="mp")
+    print("generated", len(llm.generate(["w1 w2 w3"], SamplingParams(max_tokens=4), use_tqdm=False)))
+"""
+# The CPU build is named "vllm-cpu", and what `vllm serve` asks for its version is "vllm".
+ALIAS = """
+import importlib.metadata as metadata
+real = metadata.version
+metadata.version = lambda name: real("vllm-cpu") + "+cpu" if name == "vllm" else real(name)
+"""
+
+
+@contextlib.contextmanager
+def vllm_folder() -> Iterator[Path]:
+    """The current folder, with a tiny model in `tiny`, for the environment of `scripts/vllm-env`."""
+    sys.path.insert(0, str(HERE.parents[2]))
+    from tests.stack.programs.vllm_job import tiny_model
+
+    os.environ.update(VLLM)
+    with tempfile.TemporaryDirectory() as name:
+        os.chdir(name)
+        os.mkdir("tiny")
+        tiny_model("tiny")
+        yield Path(name)
+        os.chdir("/")
+
+
+def make_vllm_tp2() -> None:
+    """An engine and two workers; here it was ended by SIGTERM in its first step, and died with a traceback."""
+    with vllm_folder() as folder:
+        (folder / "engine.py").write_text(ENGINE)
+        stderr_of([sys.executable, "engine.py", "tiny"])
+
+
+def make_vllm_serve() -> None:
+    """`vllm serve`, asked for a completion and for what is not there."""
+    with vllm_folder() as folder:
+        (folder / "sitecustomize.py").write_text(ALIAS)
+        os.environ["PYTHONPATH"] = str(folder)
+        options = [word for key, value in TINY.items() for word in (f"--{key}", value)]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "tiny", "--enforce-eager", *options]
+        server = subprocess.Popen([*command, "--host=127.0.0.1", "--port=18123"], stdout=2)
+        while server.poll() is None and not asked("/v1/models"):
+            time.sleep(2)
+        asked("/v1/completions", b'{"model": "tiny", "prompt": "w1 w2", "max_tokens": 4}')
+        asked("/v1/nothing")
+        time.sleep(11)  # its statistics come every ten seconds
+        server.terminate()
+        server.wait()
+
+
+def asked(path: str, body: bytes | None = None) -> bool:
+    """Whether the server answered."""
+    request = urllib.request.Request(f"http://127.0.0.1:18123{path}", body, {"content-type": "application/json"})
+    try:
+        urllib.request.urlopen(request, timeout=60).read()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def make_ray() -> None:
@@ -483,6 +611,9 @@ NAMES: dict[str, tuple[Callable[[], None], str, tuple[str, ...]]] = {
     "absl": (make_absl, "absl-py", PLACE),
     "uvicorn": (make_uvicorn, "uvicorn", ()),
     "uvicorn-server": (make_uvicorn_server, "uvicorn", ()),
+    "vllm-tp2": (make_vllm_tp2, "vllm-cpu", ()),
+    "vllm-serve": (make_vllm_serve, "vllm-cpu", ()),
+    "vllm-own-logger-alone": (make_vllm_old, "vllm==0.7.3", (*PLACE, "pid")),
     "ray": (make_ray, "ray", PLACE),
     "ray-core": (make_ray_core, "ray", PLACE),
     "ray-check": (make_check, "ray", (*PLACE, "pid")),
@@ -522,7 +653,9 @@ def stderr_in(path: Path) -> Iterator[None]:
 
 def main(name: str) -> None:
     make, package, prints = NAMES[name]
-    version = importlib.metadata.version(package) if package else f"python-{python_version()}"
+    _, pinned, version = package.partition("==")
+    if not pinned:
+        version = importlib.metadata.version(package) if package else f"python-{python_version()}"
     faulthandler.disable()
     path = HERE / f"{name}-{version}.log"
     with stderr_in(path):

@@ -83,7 +83,7 @@ def uvicorn(line: str) -> Event | None:
 
 
 def vllm(line: str) -> Event | None:
-    """`vllm/logging_utils/formatter.py`: (Name pid=1) LEVEL 11-21 14:34:35 [file.py:286] message."""
+    """`vllm/logging_utils/formatter.py`: (Name pid=1) LEVEL 11-21 14:34:35 [file.py:286] message; and what its libraries log."""
     child: Event = {}
     if line.startswith("(") and " pid=" in line:
         name, _, rest = line[1:].partition(" pid=")
@@ -91,11 +91,36 @@ def vllm(line: str) -> Event | None:
         child = {"child": name, "pid": int(pid)}
     fields = line.split(" ", 4)
     if fields[0] not in LEVELS or len(fields) < 5:
-        return {"severity": 0, "logger": "", "message": line, "time": 0.0, **child} if line else None
+        other = next((found for split in (glog, c10, warning) if line and (found := split(line))), None)
+        if other is None and fields[0].endswith(":") and fields[0][:-1] in LEVELS:
+            other = uvicorn(line)
+        other = other or {"severity": 0, "logger": "", "message": line, "time": 0.0}
+        return {**other, **child} if line else None
     file, _, number = fields[3].strip("[]").partition(":")
     time = at(f"2026-{fields[1]} {fields[2]}")
     place = {"file": file, "line": int(number)}
     return {"severity": LEVELS[fields[0]], "logger": "vllm", "message": fields[4], "time": time, **place, **child}
+
+
+def glog(line: str) -> Event | None:
+    """torch's Python loggers, `torch/_logging/_internal.py`: W1124 06:50:52.736000 15358 torch/x.py:29] message."""
+    head, _, message = line.partition("] ")
+    fields = head.split(" ")
+    if len(fields) != 4 or not fields[0][1:].isdigit() or not fields[2].isdigit():
+        return None
+    file, _, number = fields[3].partition(":")
+    time = at(f"2026-{fields[0][1:3]}-{fields[0][3:]} {fields[1]}")
+    place = {"file": file, "line": int(number)}
+    return {"severity": LEVELS[fields[0][0]], "logger": "glog", "message": message, "time": time, **place}
+
+
+def warning(line: str) -> Event | None:
+    """`warnings.formatwarning`: file:29: Category: message, and the line of source, indented, under it."""
+    place, _, message = line.partition(": ")
+    file, _, number = place.rpartition(":")
+    if not number.isdigit() or not message.partition(":")[0].endswith("Warning"):
+        return None
+    return {"severity": 13, "logger": "py.warnings", "message": message, "time": 0.0, "file": file, "line": int(number)}
 
 
 def logfmt(line: str) -> Event | None:
@@ -138,17 +163,48 @@ SPLITTERS: dict[str, Callable[[str], Event | None]] = {
 }
 
 
+TRACEBACK = "Traceback (most recent call last):"
+
+
 def events(path: Path) -> list[Event]:
-    """What each line of a file says. One of no format is text, a blank one too; indented ones belong to a title."""
+    """What each line of a file says. One of no format is text, a blank one too; indented ones belong to a title or a warning.
+
+    A traceback is one event: under a header that each of its lines repeats, from the message before it on; and without one up to
+    the line that names the exception.
+    """
     split = next(SPLITTERS[name] for name in sorted(SPLITTERS, key=len, reverse=True) if path.name.startswith(name))
     found: list[Event] = []
+    heads: dict[Any, Event] = {}  # the last event of severity ERROR under each header
+    plain = False  # in a traceback without headers
     for line in path.read_text("utf-8").removesuffix("\n").split("\n"):
         event = split(line) or {"severity": 0, "logger": "", "time": 0.0, "message": line}
-        if line[:1] in ("\t", " ") and found and found[-1]["message"].partition("\n")[0].endswith(":"):
+        title = found[-1]["message"].partition("\n")[0] if found else ""
+        key = tuple(event.get(name) for name in ("child", "pid", "file", "line", "logger"))
+        if (
+            event["severity"] >= 17
+            and key in heads
+            and (TRACEBACK in heads[key]["message"] or event["message"] == TRACEBACK)
+        ):
+            heads[key]["message"] += "\n" + event["message"]
+        elif plain or (line[:1] in ("\t", " ") and (title.endswith(":") or found[-1]["logger"] == "py.warnings")):
             found[-1]["message"] += "\n" + line
+            plain = plain and line[:1] == " "
         else:
+            plain = event["message"] == TRACEBACK and event["severity"] == 0
+            event["severity"] = 17 if plain else event["severity"]
             found.append(event)
-    return found
+            if event["severity"] >= 17:
+                heads[key] = event
+    return [event | raised(event["message"]) for event in found]
+
+
+def raised(message: str) -> dict[str, str]:
+    """The exception of a traceback whose last line names it."""
+    _, traceback, rest = message.partition(TRACEBACK)
+    if not traceback:
+        return {}
+    name, _, said = rest.rpartition("\n")[2].partition(": ")
+    return {"exception": name, "exception_message": said, "stack": traceback + rest}
 
 
 def compare(path: Path) -> list[tuple[Event, Event]]:
