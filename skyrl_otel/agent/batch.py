@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from skyrl_otel.agent import otlp
-from skyrl_otel.agent.textfile import Move
+from skyrl_otel.agent.tail import Move
 from skyrl_otel.agent.writer import EVENT_SCOPE, Writer
 
 BATCH_BYTES = 1 << 20

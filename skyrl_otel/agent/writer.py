@@ -13,6 +13,7 @@ from skyrl_otel.agent.framefile import FrameFile, Note
 from skyrl_otel.agent.identify import event_attributes, resource_attributes
 from skyrl_otel.agent.moments import Moments
 from skyrl_otel.agent.redact import Redactor
+from skyrl_otel.agent.tail import Tail
 from skyrl_otel.agent.textfile import TextFile
 from skyrl_otel.spool import identity, locks
 from skyrl_otel.spool.checkpoint import Checkpoint
@@ -52,7 +53,7 @@ class Writer:
         self.writer_id = writer_id
         self._redactor = redactor or Redactor()
         self.folder = folder
-        self.files: dict[str, TextFile] = {}
+        self.files: dict[str, Tail] = {}
         self.events: list[Decision] = []
         self.pidfd: int | None = None
         self.lost_bytes = 0
@@ -107,12 +108,12 @@ class Writer:
                 checkpoint.files.get(name),
                 [decision for decision in decisions if decision.file == name],
             )
-            file.held = not file.identities and self._awaits() != ""
-            if not file.held and not file.identities:
-                self._release(file)
-            elif not file.held:
-                known = file.identities[-1].value
+            known = file.identity
+            file.held = known is None and self._awaits() != ""
+            if known is not None:
                 self._assign(file, [line for line in self._lines if line.seq > known])
+            elif not file.held:
+                self._release(file)
         self._restored = True
         self._journal.decisions = []
         if decisions:
@@ -133,7 +134,7 @@ class Writer:
     def _awaits(self) -> str:
         return _awaited(self._facts)
 
-    def _release(self, file: TextFile) -> None:
+    def _release(self, file: Tail) -> None:
         """Lines so far belong to the identity that ended the waiting; later identities hold from their sizes on."""
         settled = len(self._lines) - 1
         for index, line in enumerate(self._lines):
@@ -143,7 +144,7 @@ class Writer:
         file.release(self._lines[settled].seq if self._lines else -1)
         self._assign(file, self._lines[settled + 1 :])
 
-    def _assign(self, file: TextFile, lines: list[identity.IdentityLine]) -> None:
+    def _assign(self, file: Tail, lines: list[identity.IdentityLine]) -> None:
         for line in lines:
             generation, offset = line.sizes.get(file.name, (0, file.sent.offset))
             file.assign(line.seq, offset if generation <= file.generation else file.sent.offset)
@@ -203,7 +204,7 @@ class Writer:
 
     def _add_file(self, name: str) -> None:
         follow = self._facts.get("follow")
-        file: TextFile
+        file: Tail
         if name == "records":
             file = FrameFile(self.writer_id, self.folder, self.decide, self._redactor, self._take_note)
         elif isinstance(follow, dict):
@@ -230,15 +231,16 @@ class Writer:
 
     def _take_note(self, note: Note) -> None:
         for file in self.files.values():  # stdout and stderr may be one file, which is followed under one name
-            file.note_echo(note.dev, note.ino, note.start, note.end)
+            if isinstance(file, TextFile):
+                file.note_echo(note.inode, note.start, note.end)
 
     def _release_held(self, now: int) -> None:
         awaits = self._awaits()
         for file in self.files.values():
-            if not file.held or not file.marks:
+            if not file.held or not file.decided.marks:
                 continue
             if awaits == "actor":
-                waited = now - file.marks[0].value >= _ACTOR_WAIT_NS
+                waited = now - file.decided.marks[0].value >= _ACTOR_WAIT_NS
             elif awaits == "rank":
                 waited = now - self._identity_since >= _RANK_WAIT_NS
             else:

@@ -366,11 +366,11 @@ def test_a_long_outage_keeps_memory_and_journal_small(desk: Desk) -> None:
         expected.append(f"line {number}")
         desk.look()
     file = desk.agent.files["out"]
-    began = file.marks[0].value
-    assert len(file.marks) < 1200
+    began = file.decided.marks[0].value
+    assert len(file.decided.marks) < 1200
     assert (desk.folder.path / "decisions").stat().st_size < 120_000
     assert file.backlog == os.stat(desk.folder.path / "out").st_size, "counted, marked or not"
-    for earlier, later in itertools.pairwise(file.marks):
+    for earlier, later in itertools.pairwise(file.decided.marks):
         assert later.value - earlier.value <= (later.value - began) / 200 + 20_000_000
     desk.restart()
     desk.look(SECOND)

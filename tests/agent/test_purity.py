@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from skyrl_otel.agent import textfile
+from skyrl_otel.agent import decided
 from skyrl_otel.agent.batch import Batch, build
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.spool import decisions, layout
@@ -190,7 +190,7 @@ class Crashes(RuleBasedStateMachine):
 def few_marks() -> Iterator[None]:
     """So that a short story has many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(textfile, "_MANY_MARKS", 4)
+        patch.setattr(decided, "_MANY_MARKS", 4)
         yield
 
 
