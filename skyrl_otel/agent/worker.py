@@ -235,7 +235,7 @@ class Agent:
             # Asked before the look: what the last holder wrote is seen by it.
             is_gone = writer.ended and not writer.is_alive()
             try:
-                if writer.observe(now) or writer.backlog_bytes or writer.events:
+                if writer.observe(now) or writer.backlog_bytes or writer.own.waiting:
                     self._active[writer_id] = time.monotonic()
                 self._watch_pid(writer)
                 writer.flush()
@@ -334,7 +334,7 @@ class Agent:
         self._watched.discard(writer.writer_id)
         self._unwritten.discard(writer.writer_id)
         self._troubles.pop(writer.writer_id, None)
-        self._lost_gone += writer.lost_bytes
+        self._lost_gone += writer.own.lost_bytes
         writer.close()
         self._writers.pop(writer.writer_id, None)
         self._active.pop(writer.writer_id, None)
@@ -455,10 +455,7 @@ class Agent:
         self._advance(batch)
 
     def _advance(self, batch: Batch) -> None:
-        for move in batch.moves:
-            move.file.accept(move.to)
-        for writer, count in batch.events:
-            writer.accept_events(count)
+        batch.accept()
         for writer_id in batch.writer_ids:
             if writer_id not in self._writers:
                 continue
@@ -543,7 +540,7 @@ class Agent:
             writers_alive=sum(not writer.ended for writer in self._writers.values()),
             sent_records=self._sent_records,
             sent_bytes=self._sent_bytes,
-            lost_bytes=self._lost_gone + sum(writer.lost_bytes for writer in self._writers.values()),
+            lost_bytes=self._lost_gone + sum(writer.own.lost_bytes for writer in self._writers.values()),
             rejected_records=self._rejected,
             retries=self._retries,
             restarts=self._restarts,

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_otel.agent import ending
-from skyrl_otel.agent import writer as writer_module
+from skyrl_otel.agent import ending, identitylog
 from skyrl_otel.agent.batch import Batch, build
 from skyrl_otel.agent.connect import connect
 from skyrl_otel.agent.ship import Client, Sender
@@ -122,10 +121,7 @@ class Desk:
         return batch
 
     def accept(self, batch: Batch) -> None:
-        for move in batch.moves:
-            move.file.accept(move.to)
-        for writer, count in batch.events:
-            writer.accept_events(count)
+        batch.accept()
         self.agent.write_checkpoint()
 
     def deliver(self) -> list[str]:
@@ -141,7 +137,7 @@ class Desk:
         self.agent = Writer("run", self.folder.writer_id, self.folder.path)
 
     def lost(self) -> list[tuple[int, str]]:
-        return [(event.value["bytes"], event.value["why"]) for event in self.agent.events if event.kind == "loss"]
+        return [(event.value["bytes"], event.value["why"]) for event in self.agent.own.waiting if event.kind == "loss"]
 
 
 @pytest.fixture
@@ -189,7 +185,7 @@ def test_after_a_truncation_and_a_restart_the_new_bytes_are_read_from_the_first(
     desk.restart()
     desk.look()
     assert desk.deliver() == ["one", "two"]
-    assert desk.agent.lost_bytes == 100
+    assert desk.agent.own.lost_bytes == 100
 
 
 def test_what_was_given_up_is_not_counted_again_nor_said_to_the_receiver(desk: Desk) -> None:
@@ -205,7 +201,7 @@ def test_what_was_given_up_is_not_counted_again_nor_said_to_the_receiver(desk: D
     assert (skip.records, skip.body) == (0, b"")
     for move in skip.moves:
         move.file.refuse(move, "refused by the receiver")
-    assert desk.agent.lost_bytes == 50
+    assert desk.agent.own.lost_bytes == 50
 
 
 def test_a_refused_batch_of_an_emptied_file_is_counted(desk: Desk) -> None:
@@ -259,7 +255,7 @@ def test_a_followed_file_that_is_removed_while_no_agent_runs_is_counted(spool_ro
     for second in range(2, 6):
         agent.observe(second * SECOND)
     assert agent.ended
-    assert agent.lost_bytes == 8
+    assert agent.own.lost_bytes == 8
     assert agent.backlog_bytes == 0
     agent.close()
 
@@ -272,7 +268,7 @@ def test_an_error_that_passes_costs_no_identity_and_no_end(desk: Desk, monkeypat
     desk.look()
     desk.folder.publish({"rank": 3})
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "read_file", fail)
+        patch.setattr(identitylog, "read_file", fail)
         with pytest.raises(OSError, match="Input/output"):
             desk.look()
     desk.look()
@@ -283,7 +279,7 @@ def test_an_error_that_passes_costs_no_identity_and_no_end(desk: Desk, monkeypat
         with pytest.raises(OSError, match="Input/output"):
             desk.look(SECOND)
     desk.look(SECOND)
-    assert [event.value["last"] for event in desk.agent.events if event.kind == "end"] == ["last words"]
+    assert [event.value["last"] for event in desk.agent.own.waiting if event.kind == "end"] == ["last words"]
 
 
 def test_out_of_descriptors_nobody_is_taken_for_gone(desk: Desk) -> None:

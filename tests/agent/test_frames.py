@@ -50,10 +50,7 @@ class Bench:
             self.now += 2 * SECOND
             self.agent.observe(self.now)
             batch = build([self.agent])
-            for move in batch.moves:
-                move.file.accept(move.to)
-            for writer, count in batch.events:
-                writer.accept_events(count)
+            batch.accept()
             if batch:
                 self.agent.write_checkpoint()
             found = decode(batch.body)

@@ -122,10 +122,7 @@ class Crashes(RuleBasedStateMachine):
     def accept(self, checkpointed: bool) -> None:
         batch = self.under_way[0]
         self.left(batch)
-        for move in batch.moves:
-            move.file.accept(move.to)
-        for writer, count in batch.events:
-            writer.accept_events(count)
+        batch.accept()
         if checkpointed and not self.disk_full:
             del self.under_way[0]
             self.agent.write_checkpoint()
