@@ -1,7 +1,7 @@
-"""What a finished run leaves behind, and when that goes.
+"""What runs and writers leave behind, and when that goes.
 
-Nothing goes while a line of the run is not delivered, or while anybody of it lives. Then first what is large or secret (our
-package, the token, the ballast), soon after the end; a week later the folder itself, by the agent of some later run.
+Nothing of a run goes while a line of it is not delivered, or while anybody of it lives. Then first what is large or secret
+(our package, the token, the ballast), soon after the end; a week later the folder itself, by the agent of some later run.
 The store is the collector's: it stays in the spool until a copy of it is safe in the log folder.
 """
 
@@ -25,8 +25,24 @@ KEEP_S = 7 * 86400.0
 _QUIET_S = 60.0
 """A folder that was touched within this is not looked at: its process may have made nothing else yet."""
 
+_UNBORN_S = 60.0
+"""A writer's folder that was not finished within this never will be."""
+
 _GRAVE = ".gone."
 _DROPPED = ("ballast", "token")
+
+
+def drop_unborn(run: RunDir) -> None:
+    """Remove the folders of writers that never came to be, and what is left of removed ones. Never raises OSError."""
+    try:
+        unborn = list(run.path.glob("t-*"))
+    except OSError:
+        return
+    for folder in unborn:
+        with contextlib.suppress(OSError):
+            old = time.time() - folder.stat().st_mtime > _UNBORN_S
+            if old and not any(locks.is_held(path) for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def settle(run: RunDir) -> bool:
