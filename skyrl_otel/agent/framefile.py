@@ -60,6 +60,9 @@ class FrameFile(Tail):
 
     def restore(self, position: Position | None, decisions: list[Decision]) -> None:
         super().restore(position, decisions)
+        for decision in decisions:
+            if decision.kind == "loss" and decision.generation > self.generation:
+                self._later_losses.setdefault(decision.generation, []).append(decision)
         self._point()
 
     def _point(self) -> None:
@@ -209,7 +212,7 @@ class FrameFile(Tail):
             sections.append(Section(*current, tuple(records), len(records), size))
         return sections
 
-    # -- after the answer ----------------------------------------------------------------------------------------------
+    # -- space ---------------------------------------------------------------------------------------------------------
 
     def give_back(self) -> None:
         """Punch the present segment, remove those before it. Raises OSError."""
@@ -252,6 +255,9 @@ class FrameFile(Tail):
                 holes.dig_to(descriptor, sum(loss.value["bytes"] for loss in losses))
             finally:
                 os.close(descriptor)
+
+    def kept_decisions(self) -> list[Decision]:
+        return super().kept_decisions() + [loss for losses in self._later_losses.values() for loss in losses]
 
     def last_line(self) -> tuple[int, str]:
         """The text of what its process recorded last, if it is near the end of what was written."""

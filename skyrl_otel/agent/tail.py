@@ -126,7 +126,8 @@ class Tail:
         for decision in decisions:
             if decision.kind == "generation":
                 self._restore_generation(decision)
-            elif decision.generation == self.acked.generation:
+        for decision in decisions:
+            if decision.generation == self.acked.generation:
                 self.decided.add(decision)
             if decision.kind == "mark":
                 self._moments.taken(decision.value)

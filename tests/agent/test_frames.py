@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skyrl_otel.agent import writer
 from skyrl_otel.agent.batch import build
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.capture.levels import Levels
@@ -164,6 +165,31 @@ def test_past_the_cap_whole_records_go_and_are_counted(bench: Bench) -> None:
     bench.agent.flush()
     file.punch_losses()
     assert file.backlog == 0
+    bench.log("after")
+    assert bench.collect(12) == ["after"]
+    assert sum(e.attributes.get("skyrl.lost.bytes", 0) for e in bench.events) == given_up
+
+
+def test_what_went_from_segments_to_come_is_counted_once_by_a_later_agent_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_JOURNAL_BYTES", 0)  # the journal is written anew at each occasion
+    for number in range(3):
+        bench.log("x" * 5000 if number else "first")
+        bench.records.next_segment()
+    bench.agent.observe(bench.now)
+    given_up = 0
+    while size := bench.agent.files["records"].give_up(1 << 30, "full"):
+        given_up += size
+    bench.agent.flush()
+    bench.agent.files["records"].punch_losses()
+    for _ in range(2):
+        bench.agent.close()
+        bench.agent = bench.start()
+        bench.agent.observe(bench.now)
+        bench.agent.bound_journal()
+        assert bench.agent.files["records"].give_up(1 << 30, "full") == 0
+        assert bench.agent.files["records"].backlog == 0
     bench.log("after")
     assert bench.collect(12) == ["after"]
     assert sum(e.attributes.get("skyrl.lost.bytes", 0) for e in bench.events) == given_up
