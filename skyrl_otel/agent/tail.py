@@ -294,6 +294,7 @@ class Tail:
         self.acked = self.sent = Position(decision.generation, 0)
         self._inode = (decision.value["dev"], decision.value["ino"])
         self.size = self.seen = self._floor = self._maybe_sent = 0
+        self._partial_at = None
         self._holes = Holes()
 
     def _lose(self, offset: int, size: int, why: str, *, skip: bool) -> Decision:

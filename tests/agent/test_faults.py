@@ -422,3 +422,16 @@ def test_a_url_that_no_library_takes_is_said_and_waited_out(endpoint: str) -> No
     assert answer.verdict in ("retry", "unauthorized")
     assert endpoint in answer.reason
     assert answer.wait_s > 0
+
+
+def test_a_file_that_is_emptied_and_grows_to_the_same_size_is_not_taken_for_the_same_partial_line(desk: Desk) -> None:
+    desk.write(b"half")
+    desk.look()
+    assert not desk.build().moves, "a partial line waits"
+    os.truncate(desk.folder.path / "out", 0)
+    desk.look()
+    desk.write(b"one\n")
+    desk.look()
+    file = desk.agent.files["out"]
+    assert file.ready and not file.is_drained
+    assert desk.deliver() == ["one"]
