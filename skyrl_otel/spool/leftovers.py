@@ -8,7 +8,6 @@ The store is the collector's: it stays in the spool until a copy of it is safe i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -117,7 +116,7 @@ def _bury(grave: Path, *, untouched: bool) -> None:
     finds nothing, or all.
     """
     run_id = grave.name.removeprefix(_GRAVE).rpartition(".")[0]
-    if not untouched or _holds_lines(grave) or _is_kept(grave / "lib"):
+    if not untouched or _holds_lines(grave) or locks.is_folder_in_use(grave / "lib"):
         for name in (run_id, f"{run_id[:60]}.{secrets.token_hex(4)}"):
             if is_run_id(name):
                 with contextlib.suppress(OSError):  # a new one of that name has begun
@@ -134,20 +133,6 @@ def _holds_lines(path: Path) -> bool:
     return any(name.startswith("w-") for name in names) or any(
         locks.is_held(file) for folder in unborn for file in folder.iterdir()
     )
-
-
-def _is_kept(lib: Path) -> bool:
-    try:
-        descriptor = os.open(lib, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _is_quiet(path: Path) -> bool:
