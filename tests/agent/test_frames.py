@@ -21,9 +21,8 @@ from skyrl_otel.capture.records import Records
 from skyrl_otel.capture.taker import make_take
 from skyrl_otel.spool import frames, layout
 from skyrl_otel.spool.writer import WriterFolder
+from tests.agent.conftest import SECOND
 from tests.receiver import Received, decode
-
-SECOND = 1_000_000_000
 
 
 class Bench:

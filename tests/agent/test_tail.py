@@ -17,8 +17,8 @@ from skyrl_otel.agent.decided import Decided
 from skyrl_otel.agent.holes import Holes, first_data
 from skyrl_otel.agent.partial import BAR_S, PARTIAL_S, PartialLine
 from skyrl_otel.spool.decisions import Decision, Kind
+from tests.agent.conftest import SECOND
 
-SECOND = 1_000_000_000
 _seq = itertools.count()
 
 

@@ -16,8 +16,7 @@ from skyrl_otel.agent.ownrecords import OwnRecords
 from skyrl_otel.spool import identity
 from skyrl_otel.spool.decisions import Decision, Kind
 from skyrl_otel.spool.identity import IdentityLine
-
-SECOND = 1_000_000_000
+from tests.agent.conftest import SECOND
 
 
 class Said:
