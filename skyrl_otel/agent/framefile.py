@@ -153,16 +153,10 @@ class FrameFile(Tail):
             self._lose(start, self.unsent, "a record that its process could not finish", skip=True)
             self._partial_at = None
 
-    def take(self, budget: int) -> tuple[Move | None, list[Section]]:
-        """The next records; as `Tail.take`."""
-        if not self._can_take:
-            return None, []
+    def _take(self, limit: int, budget: int) -> tuple[Move | None, list[Section]]:
         before = self.sent
         start = before.offset
-        loss = self.decided.loss_at(start)
-        if loss is not None:
-            return self._skip(loss)
-        found = self._frames(start, self.decided.up_to_loss(start, self.seen), budget)
+        found = self._frames(start, limit, budget)
         if found and isinstance(found[0], frames.Gap):
             gap = found[0]
             return self._skip(self._lose(start, gap.end - start, "a record was torn", skip=True))

@@ -86,12 +86,8 @@ class Tail:
 
     # -- what a subclass knows -----------------------------------------------------------------------------------------
 
-    def take(self, budget: int) -> tuple[Move | None, list[Section]]:
-        """The next records, at least one if there is a complete one, about `budget` bytes of them; moves `sent`.
-
-        Returns:
-            (None, []) where there is nothing to send. Raises OSError.
-        """
+    def _take(self, limit: int, budget: int) -> tuple[Move | None, list[Section]]:
+        """As `take`, of the bytes from `sent` to `limit`, of which none is given up."""
         raise NotImplementedError
 
     def cut_partial(self, now: int, *, final: bool) -> None:
@@ -179,10 +175,6 @@ class Tail:
         if self.unacked == 0:
             return True
         return self.sent.offset == self.acked.offset and self._waits and self.size == self.seen
-
-    @property
-    def _can_take(self) -> bool:
-        return not self.held and self.unsent > 0 and self._fd >= 0 and bool(self.decided.identities)
 
     @property
     def _waits(self) -> bool:
@@ -332,7 +324,26 @@ class Tail:
     def _identify(self, offset: int, identity_seq: int) -> None:
         self.decided.identities.append(self._decide(self.name, self.generation, offset, "identity", identity_seq))
 
-    # -- what becomes of what was taken --------------------------------------------------------------------------------
+    # -- taking, and what becomes of it --------------------------------------------------------------------------------
+
+    def take(self, budget: int) -> tuple[Move | None, list[Section]]:
+        """The next records, at least one if there is a complete one, about `budget` bytes of them; moves `sent`.
+
+        Returns:
+            (None, []) where there is nothing to send. Raises OSError.
+        """
+        if self.held or self.unsent <= 0 or self._fd < 0 or not self.decided.identities:
+            return None, []
+        start = self.sent.offset
+        loss = self.decided.loss_at(start)
+        if loss is not None:
+            return self._skip(loss)
+        return self._take(self.decided.up_to_loss(start, self.seen), budget)
+
+    def _skip(self, loss: Decision) -> tuple[Move | None, list[Section]]:
+        before = self.sent
+        self.sent = Position(self.generation, end_of(loss))
+        return Move(self, before, self.sent, is_skip=True), []
 
     def accept(self, position: Position) -> None:
         """All below `position` is acknowledged; the caller writes the checkpoint before `give_back`."""
@@ -353,11 +364,6 @@ class Tail:
             return
         is_here = move.before.generation == self.generation
         self._lose(move.before.offset if is_here else 0, move.size, why, skip=is_here)
-
-    def _skip(self, loss: Decision) -> tuple[Move | None, list[Section]]:
-        before = self.sent
-        self.sent = Position(self.generation, end_of(loss))
-        return Move(self, before, self.sent, is_skip=True), []
 
     # -- space ---------------------------------------------------------------------------------------------------------
 

@@ -154,16 +154,9 @@ class TextFile(Tail):
 
     # -- records -------------------------------------------------------------------------------------------------------
 
-    def take(self, budget: int) -> tuple[Move | None, list[Section]]:
-        """The next records; as `Tail.take`."""
-        if not self._can_take:
-            return None, []
+    def _take(self, limit: int, budget: int) -> tuple[Move | None, list[Section]]:
         before = self.sent
         start = before.offset
-        loss = self.decided.loss_at(start)
-        if loss is not None:
-            return self._skip(loss)
-        limit = self.decided.up_to_loss(start, self.seen)
         reader, state = self._reader_here(), State.from_json(before.state)
         for size in (budget, max(budget, _READ_BYTES)):
             data = self._read(start, min(limit - start, size))
