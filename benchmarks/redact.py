@@ -95,10 +95,7 @@ def _read(folder: WriterFolder, redactor: Redactor) -> int:
     size = 0
     while batch := build([agent]):
         size += sum(move.size for move in batch.moves)
-        for move in batch.moves:
-            move.file.accept(move.to)
-        for writer, count in batch.events:
-            writer.accept_events(count)
+        batch.accept()
     agent.close()
     (folder.path / "decisions").unlink()
     return size

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from skyrl_otel.agent import otlp
-from skyrl_otel.agent.textfile import Move
-from skyrl_otel.agent.writer import EVENT_SCOPE, Writer
+from skyrl_otel.agent import otlp, ownrecords
+from skyrl_otel.agent.tail import Move
+from skyrl_otel.agent.writer import Writer
 
 BATCH_BYTES = 1 << 20
 _FILE_BYTES = 512 << 10
@@ -18,7 +18,7 @@ _WRITER_KEYS = 4
 
 @dataclass(slots=True)
 class Batch:
-    """`body` is the ExportLogsServiceRequest. `events` counts the own records of each writer in it.
+    """`body` is the ExportLogsServiceRequest. `own` counts the agent's own records about each writer in it.
 
     `failed` names the writers that could not be read, or whose journal could not be written; nothing of theirs is in it.
     """
@@ -26,23 +26,30 @@ class Batch:
     body: bytes = b""
     records: int = 0
     moves: list[Move] = field(default_factory=list)
-    events: list[tuple[Writer, int]] = field(default_factory=list)
+    own: list[tuple[Writer, int]] = field(default_factory=list)
     low_water: list[str] = field(default_factory=list)
     failed: list[tuple[Writer, OSError]] = field(default_factory=list)
 
     @property
     def writer_ids(self) -> set[str]:
-        return {move.file.writer_id for move in self.moves} | {writer.writer_id for writer, _ in self.events}
+        return {move.file.writer_id for move in self.moves} | {writer.writer_id for writer, _ in self.own}
 
     def __bool__(self) -> bool:
-        return bool(self.moves or self.events)
+        return bool(self.moves or self.own)
+
+    def accept(self) -> None:
+        """The receiver has it; of all that is under way it is the oldest. The caller writes the writers' checkpoints."""
+        for move in self.moves:
+            move.file.accept(move.to)
+        for writer, count in self.own:
+            writer.own.accept(count)
 
     def undo(self) -> None:
         """It will not be sent; of all that is under way it is the newest. Its writers have work again."""
         for move in self.moves:
             move.file.undo(move)
-        for writer, count in self.events:
-            writer.undo_events(count)
+        for writer, count in self.own:
+            writer.own.undo(count)
 
 
 def build(writers: Iterable[Writer], budget: int = BATCH_BYTES) -> Batch:
@@ -67,7 +74,7 @@ def build(writers: Iterable[Writer], budget: int = BATCH_BYTES) -> Batch:
         parts.append(part)
     for part in parts:
         batch.moves += part.moves
-        batch.events += part.events
+        batch.own += part.own
         batch.low_water += part.low_water
         batch.records += part.records
     batch.body = b"".join(part.body for part in parts)
@@ -78,17 +85,17 @@ def _fill(part: Batch, writer: Writer, budget: int) -> None:
     """What one writer has, about `budget` bytes of it and at least a record if there is one. Raises OSError."""
     scopes: dict[int, list[bytes]] = {}
     size = 0
-    if writer.events:
-        part.low_water.append(f"{writer.writer_id}/decisions/0={writer.events_low_water}")
-        events = writer.take_events(budget)
-        part.events.append((writer, len(events)))
-        part.records += len(events)
+    if writer.own.waiting:
+        part.low_water.append(f"{writer.writer_id}/decisions/0={writer.low_water}")
+        own = writer.own.take(budget)
+        part.own.append((writer, len(own)))
+        part.records += len(own)
         by_identity: dict[int, list[bytes]] = {}
-        for seq, record in events:
+        for seq, record in own:
             by_identity.setdefault(seq, []).append(record)
             size += len(record)
         for seq, records in by_identity.items():
-            scopes.setdefault(seq, []).append(otlp.scope_logs(EVENT_SCOPE, records))
+            scopes.setdefault(seq, []).append(otlp.scope_logs(ownrecords.SCOPE, records))
     for file in writer.files.values():
         if size >= budget:
             break

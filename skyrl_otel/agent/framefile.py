@@ -12,32 +12,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from skyrl_otel.agent import otlp
+from skyrl_otel.agent import holes, otlp
 from skyrl_otel.agent.block import Section
+from skyrl_otel.agent.decided import Decided
+from skyrl_otel.agent.moments import Moments
 from skyrl_otel.agent.redact import Redactor
-from skyrl_otel.agent.textfile import Decide, Move, TextFile
+from skyrl_otel.agent.rotation import Inode
+from skyrl_otel.agent.tail import Decide, Move, Tail
 from skyrl_otel.spool import frames
 from skyrl_otel.spool.checkpoint import Position
 from skyrl_otel.spool.decisions import Decision
-from skyrl_otel.spool.layout import open_file, punch
+from skyrl_otel.spool.layout import open_file
 
 _READ_BYTES = 1 << 20
-_PUNCH_BYTES = 1 << 20
-_BLOCK = 4096
 _NOTE = b"{"
 
 
 class Note(NamedTuple):
-    """[start, end) of the followed file `name`, which is `dev`, `ino`, is the console echo of a record."""
+    """[start, end) of the followed file `name`, which is `inode`, is the console echo of a record."""
 
     name: str
-    dev: int
-    ino: int
+    inode: Inode
     start: int
     end: int
 
 
-class FrameFile(TextFile):
+class FrameFile(Tail):
     """`records.<n>` of one folder, read in the order of n; a segment that is acknowledged is removed.
 
     `take_note` gets each echo note when it is first seen.
@@ -46,7 +46,8 @@ class FrameFile(TextFile):
     def __init__(
         self, writer_id: str, folder: Path, decide: Decide, redactor: Redactor, take_note: Callable[[Note], None]
     ) -> None:
-        super().__init__(writer_id, "records", folder / "records.0", decide, redactor=redactor)
+        super().__init__(writer_id, "records", folder / "records.0", decide, Moments())
+        self._redactor = redactor
         self._folder = folder
         self._take_note = take_note
         self._noted = 0
@@ -59,6 +60,9 @@ class FrameFile(TextFile):
 
     def restore(self, position: Position | None, decisions: list[Decision]) -> None:
         super().restore(position, decisions)
+        for decision in decisions:
+            if decision.kind == "loss" and decision.generation > self.generation:
+                self._later_losses.setdefault(decision.generation, []).append(decision)
         self._point()
 
     def _point(self) -> None:
@@ -68,7 +72,7 @@ class FrameFile(TextFile):
 
     def _start_generation(self, decision: Decision) -> None:
         super()._start_generation(decision)
-        self.losses = self._later_losses.pop(decision.generation, [])
+        self.decided = Decided(decision, self._later_losses.pop(decision.generation, []))
         self._point()
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -113,11 +117,7 @@ class FrameFile(TextFile):
     def _next_segment(self) -> bool:
         if os.fstat(self._fd).st_size > self.seen:
             return False  # written between the look and now
-        os.close(self._fd)
-        found = os.stat(self._segment_path(1))
-        self._fd = -1
-        self._inode = (found.st_dev, found.st_ino)
-        self._new_generation(0)
+        self._go_on_with(os.stat(self._segment_path(1)))
         return True
 
     def _read_notes(self) -> None:
@@ -131,7 +131,8 @@ class FrameFile(TextFile):
             if isinstance(item, frames.Frame) and item.payload[:1] == _NOTE:
                 try:
                     fields = json.loads(item.payload)
-                    self._take_note(Note(*(fields[key] for key in ("echo", "dev", "ino", "start", "end"))))
+                    inode = (fields["dev"], fields["ino"])
+                    self._take_note(Note(fields["echo"], inode, fields["start"], fields["end"]))
                 except (ValueError, KeyError, TypeError):
                     continue
         self._noted = end
@@ -148,22 +149,13 @@ class FrameFile(TextFile):
         if self.held or self._fd < 0 or not self._waits:
             return
         start = self.sent.offset
-        if self.unsent and not any(loss.offset <= start < loss.offset + loss.value["bytes"] for loss in self.losses):
+        if self.unsent and self.decided.loss_at(start) is None:
             self._lose(start, self.unsent, "a record that its process could not finish", skip=True)
             self._partial_at = None
 
-    def take(self, budget: int) -> tuple[Move | None, list[Section]]:
-        """The next records; as `TextFile.take`."""
-        if self.held or self.unsent <= 0 or self._fd < 0 or not self.identities:
-            return None, []
+    def _take(self, limit: int, budget: int) -> tuple[Move | None, list[Section]]:
         before = self.sent
-        start, limit = before.offset, self.seen
-        for loss in self.losses:
-            if loss.offset <= start < loss.offset + loss.value["bytes"]:
-                return self._skip(loss)
-            if loss.offset > start:
-                limit = min(limit, loss.offset)
-                break
+        start = before.offset
         found = self._frames(start, limit, budget)
         if found and isinstance(found[0], frames.Gap):
             gap = found[0]
@@ -190,7 +182,7 @@ class FrameFile(TextFile):
 
     def _frame_sections(self, found: list[frames.Frame]) -> list[Section]:
         sections: list[Section] = []
-        starts = [(decision.offset, decision.value) for decision in self.identities]
+        starts = [(decision.offset, decision.value) for decision in self.decided.identities]
         index = 0
         prefix = f"{self.writer_id}/{self.name}/{self.generation}/"
         records: list[bytes] = []
@@ -214,7 +206,7 @@ class FrameFile(TextFile):
             sections.append(Section(*current, tuple(records), len(records), size))
         return sections
 
-    # -- after the answer ----------------------------------------------------------------------------------------------
+    # -- space ---------------------------------------------------------------------------------------------------------
 
     def give_back(self) -> None:
         """Punch the present segment, remove those before it. Raises OSError."""
@@ -228,21 +220,14 @@ class FrameFile(TextFile):
             generation -= 1
 
     def give_up(self, size: int, why: str) -> int:
-        """Drop about `size` of the oldest bytes that are not under way, whole frames. Raises OSError."""
-        start = max(self.sent.offset, self._floor)
-        for loss in self.losses:
-            if loss.offset <= start:
-                start = max(start, loss.offset + loss.value["bytes"])
-        if self._fd < 0 or start >= self.seen:
-            return self._give_up_later(why)
-        end = min(start + size, self.seen)
-        after = next(iter(frames.scan(os.pread(self._fd, _READ_BYTES, end), end)), None)
-        if isinstance(after, frames.Gap):
-            end = after.end
-        elif after is None:
-            end = self.seen
-        self._lose(start, end - start, why, skip=True)
-        return end - start
+        """As `Tail.give_up`; of a segment that is not begun yet, all that is in it."""
+        return super().give_up(size, why) or self._give_up_later(why)
+
+    def _record_end(self, offset: int) -> int:
+        after = next(iter(frames.scan(os.pread(self._fd, _READ_BYTES, offset), offset)), None)
+        if after is None:
+            return self.seen
+        return after.end if isinstance(after, frames.Gap) else offset
 
     def _give_up_later(self, why: str) -> int:
         """All that the next segment of which something is left holds by now."""
@@ -261,11 +246,12 @@ class FrameFile(TextFile):
         for generation, losses in self._later_losses.items():
             descriptor = open_file(self._folder / f"records.{generation}", os.O_RDWR)
             try:
-                end = sum(loss.value["bytes"] for loss in losses) // _BLOCK * _BLOCK
-                for first in range(0, end, _PUNCH_BYTES):
-                    punch(descriptor, first, min(_PUNCH_BYTES, end - first))
+                holes.dig_to(descriptor, sum(loss.value["bytes"] for loss in losses))
             finally:
                 os.close(descriptor)
+
+    def kept_decisions(self) -> list[Decision]:
+        return super().kept_decisions() + [loss for losses in self._later_losses.values() for loss in losses]
 
     def last_line(self) -> tuple[int, str]:
         """The text of what its process recorded last, if it is near the end of what was written."""

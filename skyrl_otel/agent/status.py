@@ -1,4 +1,4 @@
-"""What the agent says of itself: the file `status`, and reports to the launcher's control listener.
+"""What the agent counts and says of itself: the file `status`, and reports to the launcher's control listener.
 
 Reports never decide delivery; a launcher that is gone costs nothing.
 """
@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import secrets
 import threading
 from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
 from skyrl_otel.spool.layout import RunDir, replace_file
 from skyrl_otel.spool.token import Control
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of this agent so far, and what went wrong last. `lost_bytes` are those of writers that are gone."""
+
+    sent_records: int = 0
+    sent_bytes: int = 0
+    rejected_records: int = 0
+    retries: int = 0
+    lost_bytes: int = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,16 @@ class Status:
     def write(self, run: RunDir) -> None:
         """Raises OSError."""
         replace_file(run.status, self.to_json())
+
+
+def place_of(lock: int) -> str:
+    """The random name that the first agent of this run on this node wrote into the lock's file."""
+    try:
+        if not os.fstat(lock).st_size:
+            os.pwrite(lock, secrets.token_hex(8).encode(), 0)
+        return os.pread(lock, 64, 0).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 class Reporter:

@@ -8,7 +8,6 @@ writer's watch thread starts a new agent (`capture/launch.py`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
@@ -17,12 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from skyrl_otel.agent import start, worker
+from skyrl_otel.agent import worker
 from skyrl_otel.spool import locks
 from skyrl_otel.spool.layout import RunDir
-
-DONE = b"d"
-"""Written by a child that ends because all is delivered: do not restart it."""
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _STABLE_S = 0.05, 2.0, 2.0
 
@@ -39,22 +35,6 @@ def main(arguments: list[str]) -> None:
     lock_or_none = _elect(run)
     if lock_or_none is not None:
         _Supervisor(run, lock_or_none).run()
-
-
-def replace_parent(run: RunDir, lock: int, child: int) -> socket.socket:
-    """Called by a child whose parent died: start a new one that watches `child`; returns the child's end of the pair.
-
-    Raises:
-        OSError: no process could be started.
-    """
-    mine, theirs = socket.socketpair()
-    os.set_inheritable(theirs.fileno(), True)
-    os.set_inheritable(lock, True)
-    arguments = start.command(run.lib, run, str(lock), str(theirs.fileno()), str(child))
-    os.posix_spawn(arguments[0], arguments, os.environ, setsigdef=[signal.SIGTERM])
-    os.set_inheritable(lock, False)
-    theirs.close()
-    return mine
 
 
 def _elect(run: RunDir) -> int | None:
@@ -147,8 +127,3 @@ class _Supervisor:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
         return done or self._terminated
-
-
-def release(lock: int) -> None:
-    """Give the election up before the process is gone."""
-    fcntl.flock(lock, fcntl.LOCK_UN)

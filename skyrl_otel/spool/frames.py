@@ -48,16 +48,18 @@ def scan(data: bytes, base: int = 0) -> Iterator[Frame | Gap]:
     Stops before a tail that is no whole frame: it may be a write in progress, only the caller knows. The tail begins
     where the last yielded item ends.
     """
-    position = gap = 0
-    while (found := data.find(MAGIC, position)) >= 0:
-        frame_end = _whole(data, found)
-        if frame_end is None:
-            position = found + 1
+    gap = 0
+    found = data.find(MAGIC)
+    while found >= 0:
+        end = _whole(data, found)
+        following = -1 if end is None else data.find(MAGIC, end)
+        if end is None or (following != end != len(data) and _is_borrowed(data, found, end)):
+            found = data.find(MAGIC, found + 1)
             continue
         if found > gap:
             yield Gap(base + gap, base + found)
-        yield Frame(base + found, base + frame_end, data[found + HEADER.size : frame_end])
-        position = gap = frame_end
+        yield Frame(base + found, base + end, data[found + HEADER.size : end])
+        gap, found = end, following
 
 
 def sizes(descriptor: int, start: int) -> Iterator[int]:
@@ -71,6 +73,12 @@ def sizes(descriptor: int, start: int) -> Iterator[int]:
         if head[-1:] != b"{":
             yield HEADER.size + length
         start += HEADER.size + length
+
+
+def _is_borrowed(data: bytes, start: int, end: int) -> bool:
+    """Whether the last bytes of a frame are the next one's first: a torn one that happens to end in what was written next."""
+    next_one = data.find(MAGIC, max(start + 1, end - HEADER.size), end + len(MAGIC) - 1)
+    return next_one >= 0 and _whole(data, next_one) is not None
 
 
 def _whole(data: bytes, start: int) -> int | None:

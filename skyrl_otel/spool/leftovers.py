@@ -1,14 +1,13 @@
-"""What a finished run leaves behind, and when that goes.
+"""What runs and writers leave behind, and when that goes.
 
-Nothing goes while a line of the run is not delivered, or while anybody of it lives. Then first what is large or secret (our
-package, the token, the ballast), soon after the end; a week later the folder itself, by the agent of some later run.
+Nothing of a run goes while a line of it is not delivered, or while anybody of it lives. Then first what is large or secret
+(our package, the token, the ballast), soon after the end; a week later the folder itself, by the agent of some later run.
 The store is the collector's: it stays in the spool until a copy of it is safe in the log folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -25,8 +24,24 @@ KEEP_S = 7 * 86400.0
 _QUIET_S = 60.0
 """A folder that was touched within this is not looked at: its process may have made nothing else yet."""
 
+_UNBORN_S = 60.0
+"""A writer's folder that was not finished within this never will be."""
+
 _GRAVE = ".gone."
 _DROPPED = ("ballast", "token")
+
+
+def drop_unborn(run: RunDir) -> None:
+    """Remove the folders of writers that never came to be, and what is left of removed ones. Never raises OSError."""
+    try:
+        unborn = list(run.path.glob("t-*"))
+    except OSError:
+        return
+    for folder in unborn:
+        with contextlib.suppress(OSError):
+            old = time.time() - folder.stat().st_mtime > _UNBORN_S
+            if old and not any(locks.is_held(path) for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def settle(run: RunDir) -> bool:
@@ -101,7 +116,7 @@ def _bury(grave: Path, *, untouched: bool) -> None:
     finds nothing, or all.
     """
     run_id = grave.name.removeprefix(_GRAVE).rpartition(".")[0]
-    if not untouched or _holds_lines(grave) or _is_kept(grave / "lib"):
+    if not untouched or _holds_lines(grave) or locks.is_folder_in_use(grave / "lib"):
         for name in (run_id, f"{run_id[:60]}.{secrets.token_hex(4)}"):
             if is_run_id(name):
                 with contextlib.suppress(OSError):  # a new one of that name has begun
@@ -118,20 +133,6 @@ def _holds_lines(path: Path) -> bool:
     return any(name.startswith("w-") for name in names) or any(
         locks.is_held(file) for folder in unborn for file in folder.iterdir()
     )
-
-
-def _is_kept(lib: Path) -> bool:
-    try:
-        descriptor = os.open(lib, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _is_quiet(path: Path) -> bool:

@@ -24,8 +24,22 @@ def is_held(path: Path) -> bool:
         return False
     except OSError:  # out of descriptors, an I/O error: whoever lives must not be taken for gone
         return True
+    return _is_refused(descriptor, fcntl.LOCK_SH)
+
+
+def is_folder_in_use(path: Path) -> bool:
+    """Whether somebody holds any lock, LOCK_SH too, on a folder; one that cannot be opened is used by nobody."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    return _is_refused(descriptor, fcntl.LOCK_EX)
+
+
+def _is_refused(descriptor: int, lock: int) -> bool:
+    """Whether somebody's lock stands against this one. Closes the descriptor."""
+    try:
+        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

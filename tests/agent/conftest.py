@@ -1,4 +1,4 @@
-"""A run with a real agent process, a real receiver, and writers that are folders of this very process."""
+"""Two ways to hold an agent: `Node`, a real process with a real receiver, and `Desk`, its view of one writer with our clock."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 
+from skyrl_otel.agent.batch import Batch, build
+from skyrl_otel.agent.writer import Writer
 from skyrl_otel.capture import launch
 from skyrl_otel.spool import layout, locks, token
 from skyrl_otel.spool.token import Shipping
 from skyrl_otel.spool.writer import WriterFolder
-from tests.receiver import Receiver
+from tests.receiver import Receiver, decode
+
+SECOND = 1_000_000_000
 
 
 class Node:
@@ -82,8 +86,58 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+class Desk:
+    """One writer and the agent's view of it, without an agent; the clock is ours."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = WriterFolder.create(layout.open_run(root, "run"), facts={"role": "r"})
+        self.now = SECOND * 1000
+        self.agent = Writer("run", self.folder.writer_id, self.folder.path)
+
+    def write(self, data: bytes) -> None:
+        os.write(self.folder.fds["out"], data)
+
+    def look(self, after_ns: int = 10_000_000) -> None:
+        self.now += after_ns
+        self.agent.observe(self.now)
+        self.agent.flush()
+        self.agent.bound_journal()
+
+    def build(self, budget: int = 1 << 20) -> Batch:
+        batch = build([self.agent], budget)
+        assert not batch.failed
+        return batch
+
+    def accept(self, batch: Batch) -> None:
+        batch.accept()
+        self.agent.write_checkpoint()
+
+    def deliver(self) -> list[str]:
+        """Bodies of all lines that are left."""
+        bodies = []
+        while batch := self.build():
+            bodies += [record.body for record in decode(batch.body) if not record.event]
+            self.accept(batch)
+        return bodies
+
+    def restart(self) -> None:
+        self.agent.close()
+        self.agent = Writer("run", self.folder.writer_id, self.folder.path)
+
+    def lost(self) -> list[tuple[int, str]]:
+        return [(event.value["bytes"], event.value["why"]) for event in self.agent.own.waiting if event.kind == "loss"]
+
+
 @pytest.fixture
 def node(spool_root: Path) -> Iterator[Node]:
     node = Node(spool_root)
     yield node
     node.close()
+
+
+@pytest.fixture
+def desk(spool_root: Path) -> Iterator[Desk]:
+    desk = Desk(spool_root)
+    yield desk
+    desk.agent.close()
+    desk.folder.close()

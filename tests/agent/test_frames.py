@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skyrl_otel.agent import writer
 from skyrl_otel.agent.batch import build
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.capture.levels import Levels
@@ -20,9 +21,8 @@ from skyrl_otel.capture.records import Records
 from skyrl_otel.capture.taker import make_take
 from skyrl_otel.spool import frames, layout
 from skyrl_otel.spool.writer import WriterFolder
+from tests.agent.conftest import SECOND
 from tests.receiver import Received, decode
-
-SECOND = 1_000_000_000
 
 
 class Bench:
@@ -50,10 +50,7 @@ class Bench:
             self.now += 2 * SECOND
             self.agent.observe(self.now)
             batch = build([self.agent])
-            for move in batch.moves:
-                move.file.accept(move.to)
-            for writer, count in batch.events:
-                writer.accept_events(count)
+            batch.accept()
             if batch:
                 self.agent.write_checkpoint()
             found = decode(batch.body)
@@ -170,3 +167,30 @@ def test_past_the_cap_whole_records_go_and_are_counted(bench: Bench) -> None:
     bench.log("after")
     assert bench.collect(12) == ["after"]
     assert sum(e.attributes.get("skyrl.lost.bytes", 0) for e in bench.events) == given_up
+
+
+def test_what_went_from_segments_to_come_is_counted_once_by_a_later_agent_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_JOURNAL_BYTES", 0)  # the journal is written anew at each occasion
+    for number in range(3):
+        bench.log("x" * 5000 if number else "first")
+        bench.records.next_segment()
+    bench.agent.observe(bench.now)
+    given_up = 0
+    while size := bench.agent.files["records"].give_up(1 << 30, "full"):
+        given_up += size
+    own = bench.agent.own
+    own.accept(len(own.take(1 << 20)))
+    bench.agent.write_checkpoint()
+    bench.agent.files["records"].punch_losses()
+    for _ in range(2):
+        bench.agent.close()
+        bench.agent = bench.start()
+        bench.agent.observe(bench.now)
+        assert bench.agent.files["records"].give_up(1 << 30, "full") == 0
+        assert bench.agent.files["records"].backlog == 0
+    bench.log("after")
+    assert bench.collect(12) == ["after"]
+    assert bench.agent.own.lost_bytes == given_up
+    assert not [event for event in bench.events if event.event == "skyrl.loss"], "said before"

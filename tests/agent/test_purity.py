@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from skyrl_otel.agent import textfile
+from skyrl_otel.agent import decided
 from skyrl_otel.agent.batch import Batch, build
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.spool import decisions, layout
@@ -122,10 +122,7 @@ class Crashes(RuleBasedStateMachine):
     def accept(self, checkpointed: bool) -> None:
         batch = self.under_way[0]
         self.left(batch)
-        for move in batch.moves:
-            move.file.accept(move.to)
-        for writer, count in batch.events:
-            writer.accept_events(count)
+        batch.accept()
         if checkpointed and not self.disk_full:
             del self.under_way[0]
             self.agent.write_checkpoint()
@@ -190,7 +187,7 @@ class Crashes(RuleBasedStateMachine):
 def few_marks() -> Iterator[None]:
     """So that a short story has many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(textfile, "_MANY_MARKS", 4)
+        patch.setattr(decided, "_MANY_MARKS", 4)
         yield
 
 

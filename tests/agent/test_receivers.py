@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from skyrl_otel.agent import ship
-from skyrl_otel.agent.ship import Client, judge
+from skyrl_otel.agent.connect import connect
+from skyrl_otel.agent.ship import Client, Sender, judge
 from skyrl_otel.spool.token import Shipping
 from tests.agent.conftest import Node
 from tests.receiver import OK, Receiver, Reply
@@ -106,3 +108,44 @@ def test_a_receiver_that_takes_and_never_answers_is_asked_less_and_less_often() 
         assert sender._backoff("retry") <= 15.0
     finally:
         sender.close()
+
+
+def test_a_receiver_that_refuses_before_it_has_read_all_is_understood() -> None:
+    """As otelcol and nginx do with a body over their limit: answer, close, the rest of the body meets a reset."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def refuse() -> None:
+        connection, _ = listener.accept()
+        connection.recv(1024)
+        connection.sendall(b"HTTP/1.1 413 Request Entity Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        time.sleep(0.5)
+        connection.close()
+
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    try:
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/logs"
+        answer = Client(Shipping(endpoint, {}, compression="none", timeout_s=5)).post(os.urandom(32 << 20))
+    finally:
+        thread.join()
+        listener.close()
+    assert answer.verdict == "too_large"
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://127.0.0.1:port/v1/logs", "http://[::1/v1/logs", "http://127.0.0.1:99999/"]
+)
+def test_a_url_that_no_library_takes_is_said_and_waited_out(endpoint: str) -> None:
+    sender = Sender(Shipping(endpoint, {}), connect)
+    try:
+        sender.submit(b"", "")
+        deadline = time.monotonic() + 10
+        while (answer := sender.take_answer()) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        sender.close()
+    assert answer.verdict in ("retry", "unauthorized")
+    assert endpoint in answer.reason
+    assert answer.wait_s > 0

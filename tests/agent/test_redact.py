@@ -111,10 +111,7 @@ class Sent:
             batch = build([self.agent], budget)
             self.bodies += batch.body
             self.texts += [record.body for record in decode(batch.body) if not record.event]
-            for move in batch.moves:
-                move.file.accept(move.to)
-            for writer, count in batch.events:
-                writer.accept_events(count)
+            batch.accept()
             self.agent.write_checkpoint()
 
 

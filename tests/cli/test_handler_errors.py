@@ -129,10 +129,7 @@ def test_a_full_disk_is_counted_and_shown(spool: Path) -> None:
         agent.observe(now * 10**9)
         batch = build([agent])
         events += [record for record in decode(batch.body) if record.event == "skyrl.loss"]
-        for move in batch.moves:
-            move.file.accept(move.to)
-        for writer, count in batch.events:
-            writer.accept_events(count)
+        batch.accept()
     agent.close()
     [loss] = events
     assert "could not write 50 records" in loss.body and loss.attributes["skyrl.lost.bytes"] > 5000

@@ -1,6 +1,6 @@
 """Frames: what is whole is read, what a kill tore never takes a neighbour with it."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from skyrl_otel.spool.frames import Frame, Gap, encode, scan
@@ -16,6 +16,8 @@ def test_whole_frames_are_read_back(given_payloads: list[bytes]) -> None:
 
 
 @given(payloads, st.binary(min_size=1, max_size=100), payloads, st.integers(0, 400))
+@example([], b"ends as the next begins\xf5", [b"next"], 35)
+@example([], b"ends as the next begins\xf5SO1", [b"next"], 35)
 def test_a_torn_frame_never_swallows_the_next(before: list[bytes], victim: bytes, after: list[bytes], cut: int) -> None:
     torn = encode(victim)[: cut % len(encode(victim))]
     data = b"".join(map(encode, before)) + torn + b"".join(map(encode, after))
