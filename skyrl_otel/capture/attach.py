@@ -39,10 +39,13 @@ def take_records() -> None:
         if running is None or running.takes_records:
             return
         if running.folder is None:
-            facts = {"channel": "progress", **running.facts, **_process_facts(config)}
+            inherited = fds.leading_into(str(running.run.path))
+            channel = "infra" if inherited else "progress"
+            facts = {"channel": channel, **running.facts, **_process_facts(config)}
             # How the command ended is for the launcher to tell; a child of it may be killed in passing. Not so a rank.
             is_rank = "rank" in facts
-            running.records_only({"role": "trainer" if is_rank else "driver", "silent_end": not is_rank, **facts})
+            is_itself = is_rank and not inherited and identity.is_rank_itself()
+            running.records_only({"role": "trainer" if is_rank else "driver", "silent_end": not is_itself, **facts})
         running.start_recording(attached=False)
         running.look_after()
 
@@ -155,9 +158,12 @@ def _capture(running: Runtime, what: Plan, facts: identity.Facts) -> None:
         return
     places: dict[str, tuple[fds.Place, int]] = {}
     if what == "follow":
+        inherited = fds.leading_into(str(running.run.path))  # recorded there already
         for name, descriptor in (("out", fds.STDOUT), ("err", fds.STDERR)):
             found = fds.place(descriptor)
-            if found and all((found.dev, found.ino) != (other.dev, other.ino) for other, _ in places.values()):
+            if not found or descriptor in inherited:
+                continue
+            if all((found.dev, found.ino) != (other.dev, other.ino) for other, _ in places.values()):
                 places[name] = (found, found.size)
     if places:
         running.follow(places, facts, skip_markers=False)

@@ -9,6 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 from skyrl_otel.capture import guard
@@ -74,6 +75,17 @@ def file_of(descriptor: int) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def leading_into(run: str) -> list[int]:
+    """Those of 1 and 2 that lead into the folder of some writer of this run: a redirected parent's, of which we are a child."""
+    found = []
+    for number in (STDOUT, STDERR):
+        with suppress(OSError):
+            behind = place(number)
+            if behind and os.path.samefile(os.path.dirname(os.path.dirname(behind.path)), run):
+                found.append(number)
+    return found
 
 
 def marked(echo: str) -> tuple[bytes, list[int]]:

@@ -46,6 +46,11 @@ def rank_facts(environ: Mapping[str, str] | None = None) -> Facts:
     return {key: int(env[name]) for key, name in _RANK_VARIABLES.items() if env.get(name, "").isdigit()}
 
 
+def is_rank_itself() -> bool:
+    """Whether this is the process that was started as a rank, no child of it: `inject/sitecustomize.py` says so."""
+    return os.environ.get("SKYRL_OTEL_RANK_OF", "") in ("", str(os.getpid()))
+
+
 def run_id(config: Config, environ: Mapping[str, str] | None = None) -> str:
     """The configured run id, else one that all processes of the same launch find by themselves, else a new one."""
     if config.run_id:

@@ -110,6 +110,9 @@ class Runtime:
             return {fds.STDOUT: "skip", fds.STDERR: "skip"}, b""
         if isinstance(self.folder, FollowedFolder):
             return dict.fromkeys(self.folder.descriptors(), "note"), b""
+        inherited = fds.leading_into(str(self.run.path))
+        if inherited:
+            return dict.fromkeys(inherited, "skip"), b""
         nonce, marked = fds.marked(self.config.echo)
         return dict.fromkeys(marked, "mark"), nonce
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.capture.conftest import ROOT, environment, written
+from tests.capture.conftest import ROOT, Host, environment, written
 from tests.capture.frames import taken
 
 
@@ -87,6 +87,60 @@ def test_rank_0_keeps_the_terminal_and_the_others_are_redirected(lib: Path, spoo
     [folder] = written(spool)
     assert folder.text() == b"from a rank\n1\n"
     assert (folder.facts["rank"], folder.facts["world_size"], folder.facts["channel"]) == (1, 2, "infra")
+
+
+GRANDCHILD = "import logging; logging.warning('grandchild')"
+CHILD = f"""
+import logging, subprocess, sys
+logging.basicConfig(level="INFO"); logging.getLogger("lib.child").info("step %d", 3, extra={{"step": 3}})
+logging.getLogger("lib").warning("by another logger"); print("printed by a child", flush=True)
+from loguru import logger; logger.info("by loguru")
+subprocess.run([sys.executable, "-c", {GRANDCHILD!r}])
+"""
+
+
+def test_children_of_a_rank_have_records_of_their_own_and_no_echo(lib: Path, spool: Path) -> None:
+    """And children of children. What they print is the rank's."""
+    script = f"""
+import logging, subprocess, sys
+logging.basicConfig(level="INFO"); logging.getLogger("rank").info("the rank's")
+subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
+"""
+    assert run(lib, spool, script, RANK="1", WORLD_SIZE="2") == ""
+    folders = written(spool)
+    scopes = [sorted((record.scope, record.body) for record in taken(folder.path)) for folder in folders]
+    assert sorted(scopes) == [
+        [("__main__", "by loguru"), ("lib", "by another logger"), ("lib.child", "step 3")],
+        [("rank", "the rank's")],
+        [("root", "grandchild")],
+    ]
+    [rank] = [folder for folder in folders if (folder.path / "out").exists()]
+    assert rank.text() == b"printed by a child\n" and rank.text("err") == b""
+    for folder in folders:
+        assert (folder.facts["rank"], folder.facts["channel"], folder.facts["role"]) == (1, "infra", "trainer")
+        assert bool(folder.facts.get("silent_end")) == (folder is not rank), "the rank's end is told once"
+
+
+def test_a_child_of_rank_0_does_not_end_for_it(lib: Path, spool: Path) -> None:
+    child = "import logging; logging.warning('child')"
+    script = f"import logging, subprocess, sys; logging.warning(1); subprocess.run([sys.executable, '-c', {child!r}])"
+    run(lib, spool, script, RANK="0", WORLD_SIZE="2")
+    ends = {taken(folder.path)[0].body: folder.facts["silent_end"] for folder in written(spool)}
+    assert ends == {"1": False, "child": True}
+
+
+def test_attach_in_a_child_of_a_redirected_process_follows_nothing(host: Host, spool: Path) -> None:
+    """Its output is in the spool already, in its parent's folder."""
+    child = "import skyrl_otel; skyrl_otel.attach(); import logging; logging.basicConfig(); logging.error(2); print('printed')"
+    host(
+        f"""
+import skyrl_otel; skyrl_otel.attach(role="policy", channel="infra")
+import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    )
+    parent, other = sorted(written(spool), key=lambda folder: not (folder.path / "out").exists())
+    assert parent.text() == b"printed\n" and parent.text("err") == b""
+    assert "follow" not in other.facts and [record.body for record in taken(other.path)] == ["2"]
 
 
 def test_all_ranks_stay_on_the_terminal_when_infra_is_shown(lib: Path, spool: Path) -> None:

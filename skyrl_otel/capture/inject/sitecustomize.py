@@ -147,7 +147,9 @@ def _start() -> None:
     _drop_strange_terminal()
     modules: dict[str, str | None] = {"ray": "watch_imports"}
     rank = os.environ.get("RANK", "")
-    is_silent = rank.isdigit() and rank != "0"  # its output is in the spool, under a writer of its own
+    # Children of a rank inherit its descriptors, and with them its place in the spool; their records are their own.
+    is_rank = rank.isdigit() and "SKYRL_OTEL_RANK_OF" not in os.environ
+    is_silent = is_rank and rank != "0"  # its output is in the spool, under a writer of its own
     if not is_silent:
         modules |= {"logging": None, "loguru": "watch_records"}
     sys.meta_path.insert(0, _Before(modules))
@@ -155,8 +157,7 @@ def _start() -> None:
         _try(_await_record)
     if "loguru" in sys.modules and modules.pop("loguru", ""):
         _try(_take_records)
-    if rank.isdigit() and "SKYRL_OTEL_RANK_OF" not in os.environ:
-        # Children of a rank inherit its descriptors, and with them its place in the spool.
+    if is_rank:
         os.environ["SKYRL_OTEL_RANK_OF"] = str(os.getpid())
         if is_silent:
             from skyrl_otel.capture.attach import attach
