@@ -7,6 +7,7 @@ name would say who wrote the line, or that it is an event of ours, is put behind
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -145,21 +146,18 @@ def _time(stated: Any) -> tuple[int | None, bytes, bytes, bytes]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, with all fields of it: zap writes one twice where it is given twice."""
+    """An object, with all fields of it: zap writes one twice where it is given twice. Those behind the first get a number."""
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
-    fields = {}
+    fields, met = {}, Counter[str]()
     for key, value in pairs:
-        fields[_free(key, fields)] = value
+        name = key
+        while name in fields:
+            met[key] += 1
+            name = f"{key}.{met[key] + 1}"
+        fields[name] = value
     return fields
-
-
-def _free(key: str, fields: dict[str, Any]) -> str:
-    """`key`, or where that is taken the same with a number."""
-    return next(
-        name for name in (key, *(f"{key}.{number}" for number in range(2, len(fields) + 3))) if name not in fields
-    )
 
 
 def parse_json(line: bytes) -> Parsed | None:
@@ -175,14 +173,14 @@ def parse_json(line: bytes) -> Parsed | None:
 
 def parse_logfmt(line: bytes) -> Parsed | None:
     """key=value pairs from end to end, of which some are a level and a message."""
-    fields: dict[str, Any] = {}
+    pairs: list[tuple[str, str]] = []
     position = 0
     while match := _PAIR.match(line, position):
         quoted, plain = match[2], match[3]
         text = (plain if quoted is None else quoted).decode()
-        fields[_free(match[1].decode(), fields)] = text if quoted is None else re.sub(r'\\(["\\])', r"\1", text)
+        pairs.append((match[1].decode(), text if quoted is None else re.sub(r'\\(["\\])', r"\1", text)))
         position = match.end()
-    return _fields(fields, line) if position == len(line) and fields else None
+    return _fields(_object(pairs), line) if position == len(line) and pairs else None
 
 
 _DATE = "%Y-%m-%d[T ]%H:%M:%S"
