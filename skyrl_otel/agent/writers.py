@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from selectors import EVENT_READ, BaseSelector
 
 from skyrl_otel.agent.log import say
@@ -103,23 +104,22 @@ class Writers:
             there = {writer_id for writer_id, _ in found}
             self._broken = {writer_id: why for writer_id, why in self._broken.items() if writer_id in there}
         for writer_id, folder in found:
-            if writer_id in self._all or (writer_id in self._broken and not broken_too):
-                continue
-            try:
-                writer = Writer(self._run.run_id, writer_id, folder, self._moments, self._redactor)
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                if self._broken.get(writer_id) != f"{folder}: {error}":
-                    say(f"cannot read {folder}: {error!r}")
-                self._broken[writer_id] = f"{folder}: {error}"
-                continue
-            self._add(writer)
+            if writer_id not in self._all and (broken_too or writer_id not in self._broken):
+                self._open(writer_id, folder)
 
-    def _add(self, writer: Writer) -> None:
-        self._broken.pop(writer.writer_id, None)
-        self._all[writer.writer_id] = writer
-        self.activate(writer.writer_id)
+    def _open(self, writer_id: str, folder: Path) -> None:
+        try:
+            writer = Writer(self._run.run_id, writer_id, folder, self._moments, self._redactor)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if self._broken.get(writer_id) != f"{folder}: {error}":
+                say(f"cannot read {folder}: {error!r}")
+            self._broken[writer_id] = f"{folder}: {error}"
+            return
+        self._broken.pop(writer_id, None)
+        self._all[writer_id] = writer
+        self.activate(writer_id)
         self._last_at = time.monotonic()
 
     def sweep(self) -> None:
