@@ -99,9 +99,11 @@ def attribute(key: str, value: Any) -> bytes:
 
 _PLAIN = list(logging.LogRecord("", 0, "", 0, "", (), None).__dict__)
 PLAIN_COUNT = len(_PLAIN)
-_LAST = _PLAIN[-1]
-#: What every LogRecord has; what else is in its `__dict__` came by `extra=`. Formatters add the last three.
-STANDARD = frozenset(_PLAIN) | {"taskName", "message", "asctime"}
+# Ray sets it in each record of its processes, behind the plain ones (ray/_private/log.py): the time once more.
+_RAYS = "_ray_timestamp_ns"
+_ENDS = frozenset((_PLAIN[-1], _RAYS))
+#: What every LogRecord has; what else is in its `__dict__` came by `extra=`. Formatters add three of them.
+STANDARD = frozenset(_PLAIN) | {"taskName", "message", "asctime", _RAYS}
 
 _MOST_KEYS = 1024
 _SHORT = 100
@@ -122,9 +124,10 @@ def plain_extras(fields: dict[str, Any]) -> bytes | None:
     add = parts.append
     try:
         for key in reversed(fields):
-            if key == _LAST:
+            if key in _ENDS:
                 parts.reverse()
-                return b"".join(parts) if len(parts) == 2 * (len(fields) - PLAIN_COUNT) else None
+                count = len(fields) - PLAIN_COUNT - (key == _RAYS)
+                return b"".join(parts) if len(parts) == 2 * count else None
             value = fields[key]
             kind = type(value)
             if kind is str and len(value) < _SHORT:

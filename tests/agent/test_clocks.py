@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from skyrl_otel.agent.batch import build
-from skyrl_otel.agent.textfile import BAR_S
+from skyrl_otel.agent.partial import BAR_S
 from skyrl_otel.agent.writer import Writer
 from skyrl_otel.spool import layout
 from skyrl_otel.spool.decisions import Decision, Journal
@@ -53,10 +53,7 @@ class Story:
         found: dict[str, Received] = {}
         while batch := build([self.agent], 1 << 20):
             found |= {record.uid: record for record in decode(batch.body) if "/out/" in record.uid}
-            for move in batch.moves:
-                move.file.accept(move.to)
-            for writer, count in batch.events:
-                writer.accept_events(count)
+            batch.accept()
         return found
 
     def again(self) -> dict[str, Received]:

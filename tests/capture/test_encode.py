@@ -157,6 +157,19 @@ def test_extras_stand_behind_what_logging_sets() -> None:
         assert (got["one"], got["two"], got["three"]) == (1, 2, 3)
 
 
+def test_what_ray_sets_in_each_record_is_no_extra() -> None:
+    import ray  # noqa: F401  it sets the factory
+
+    for extra in ({}, {"one": 1}, {"one": 1}):
+        record = logging.getLogger("n").makeRecord("n", 20, "p", 1, "m", (), None, "f", extra)
+        assert "_ray_timestamp_ns" in record.__dict__
+        got = through(record).attributes
+        assert "_ray_timestamp_ns" not in got and got.get("one") == extra.get("one")
+        if extra:
+            assert b"one" in encode.attributes(record.__dict__, ["one"])
+            assert encode.plain_extras(record.__dict__), "the quick way"
+
+
 def test_levels_are_opentelemetrys() -> None:
     numbers = {}
     for level in (5, 10, 11, 15, 20, 25, 30, 39, 40, 50, 51, 60):
