@@ -24,6 +24,7 @@ _RESOURCE = (
     ("actor_name", "ray.actor.name"),
     ("actor_class", "ray.actor.class"),
     ("task_name", "ray.task.name"),
+    ("child", "skyrl.child"),
 )
 _NOT_SHOWN = {key for key, _ in _RESOURCE} | {
     "awaits",

@@ -18,6 +18,7 @@ from skyrl_otel.capture.alone import is_ray_worker
 from skyrl_otel.capture.plan import Plan, Surroundings, plan
 from skyrl_otel.capture.runtime import Runtime
 from skyrl_otel.config import Channel, Config
+from skyrl_otel.spool.identity import in_force, parse
 from skyrl_otel.spool.writer import WriterFolder
 
 # Frameworks that are looked after once they are imported: module, where our code for it lives.
@@ -38,16 +39,29 @@ def take_records() -> None:
         running = runtime.start(config, identity.run_id(config), quietly=True)
         if running is None or running.takes_records:
             return
+        parent = next(iter(fds.leading_into(str(running.run.path)).values()), "")
         if running.folder is None:
-            inherited = fds.leading_into(str(running.run.path))
-            channel = "infra" if inherited else "progress"
-            facts = {"channel": channel, **running.facts, **_process_facts(config)}
-            # How the command ended is for the launcher to tell; a child of it may be killed in passing. Not so a rank.
-            is_rank = "rank" in facts
-            is_itself = is_rank and not inherited and identity.is_rank_itself()
-            running.records_only({"role": "trainer" if is_rank else "driver", "silent_end": not is_itself, **facts})
+            running.records_only(_facts_of_child(config, parent) if parent else _facts_of_launched(config, running))
         running.start_recording(attached=False)
-        running.look_after()
+        running.look_after(has_rank=not parent)
+
+
+def _facts_of_child(config: Config, parent: str) -> identity.Facts:
+    """Of a process whose output goes into the folder `parent`: it is a child of that writer."""
+    with open(os.path.join(parent, "identity"), "rb") as file:
+        lines = parse(file.read())
+    facts = identity.of_child(in_force(lines, len(lines)), os.path.basename(parent).removeprefix("w-"))
+    own = identity.process_facts(config)
+    name = identity.child_name()
+    return {**own, **facts, "argv0": own["argv0"], **({"child": name} if name else {})}
+
+
+def _facts_of_launched(config: Config, running: Runtime) -> identity.Facts:
+    facts = {"channel": "progress", **running.facts, **_process_facts(config)}
+    # How the command ended is for the launcher to tell; a child of it may be killed in passing. Not so a rank.
+    is_rank = "rank" in facts
+    is_itself = is_rank and identity.is_rank_itself()
+    return {"role": "trainer" if is_rank else "driver", "silent_end": not is_itself, **facts}
 
 
 def watch_records(name: str, path: Any, target: Any) -> Any:

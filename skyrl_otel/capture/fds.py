@@ -77,14 +77,15 @@ def file_of(descriptor: int) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def leading_into(run: str) -> list[int]:
-    """Those of 1 and 2 that lead into the folder of some writer of this run: a redirected parent's, of which we are a child."""
-    found = []
+def leading_into(run: str) -> dict[int, str]:
+    """Those of 1 and 2 that lead into a writer's folder of this run, and that folder: it is a redirected parent's."""
+    found = {}
     for number in (STDOUT, STDERR):
         with suppress(OSError):
             behind = place(number)
-            if behind and os.path.samefile(os.path.dirname(os.path.dirname(behind.path)), run):
-                found.append(number)
+            folder = os.path.dirname(behind.path) if behind else ""
+            if folder and os.path.samefile(os.path.dirname(folder), run):
+                found[number] = folder
     return found
 
 

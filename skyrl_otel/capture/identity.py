@@ -19,6 +19,9 @@ from skyrl_otel.config import Config, is_run_id
 
 Facts = dict[str, Any]
 
+# What of an identity is one process's alone, and not its children's.
+_OF_PROCESS = ("follow", "goodbye", "awaits", "lost", "errors")
+
 _RANK_VARIABLES = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
 
 # How long a rank may be on its way (a model's download comes before init_process_group), and how often we look.
@@ -38,6 +41,19 @@ def process_facts(config: Config) -> Facts:
     if config.resource_attributes:
         facts["user_attributes"] = dict(config.resource_attributes)
     return facts
+
+
+def of_child(parent: Mapping[str, Any], writer_id: str) -> Facts:
+    """The facts of a child of this kind: it is who its parent is, which has the folder `writer_id`, but for its process."""
+    facts = {key: value for key, value in parent.items() if key not in _OF_PROCESS}
+    return {**facts, "pid": os.getpid(), "parent_pid": os.getppid(), "parent": writer_id, "silent_end": True}
+
+
+def child_name() -> str:
+    """What multiprocessing calls this process, as vLLM's prefixes do; "" where it has started another program."""
+    module = sys.modules.get("multiprocessing.process")
+    name = str(module.current_process().name) if module is not None else ""
+    return "" if name == "MainProcess" else name
 
 
 def rank_facts(environ: Mapping[str, str] | None = None) -> Facts:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from skyrl_otel.capture import fds, guard, identity
+from skyrl_otel.capture import children, fds, guard, identity
 from skyrl_otel.capture.console import Mode
 from skyrl_otel.capture.folders import FollowedFolder
 from skyrl_otel.capture.handler import Recording, provide
@@ -78,6 +78,8 @@ class Runtime:
                 for descriptor in saved.descriptors.values():
                     os.close(descriptor)
             self._adopt(folder, facts)
+            if not self.config.launched:  # else the launcher has seen to it
+                children.equip(self.run)
             return folder
 
     def follow(
@@ -123,9 +125,7 @@ class Runtime:
         """
         if not self._records_of:
             return None
-        left_out = ("follow", "goodbye", "awaits", "lost", "errors")
-        facts = {key: value for key, value in self.facts.items() if key not in left_out}
-        facts.update(pid=os.getpid(), parent_pid=os.getppid(), parent=self._records_of, silent_end=True)
+        facts = identity.of_child(self.facts, self._records_of)
         try:
             run = layout.open_run(self.config.spool_root, self.run.run_id)
             folder = WriterFolder.create(run, files=(), facts=facts)
@@ -201,12 +201,14 @@ class Runtime:
                 stream.marker = None
         self._streams = {}
 
-    def look_after(self) -> None:
+    def look_after(self, *, has_rank: bool = True) -> None:
         """Start the work of the watch thread: the agent, and the rank if it is still to come."""
         # Not left to the watch thread: a child forked within its import of `subprocess` would find that locked for ever.
         from skyrl_otel.capture import launch  # noqa: F401
 
         self.watch.add("agent", self.ensure_agent)
+        if not has_rank:
+            return
         identity.on_process_group(self.publish)
         self.await_rank()
 
@@ -235,6 +237,7 @@ class Runtime:
             if self._saved is not None:
                 fds.restore(self._saved)
                 self._saved = None
+                children.unequip()
             for folder in self._folders:
                 with guard.guarded("runtime.close"):
                     if goodbye:

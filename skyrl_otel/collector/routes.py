@@ -1,11 +1,11 @@
 """Which text file a record goes to: the user's `[[route]]` rules, in their order, the first that holds.
 
-A rule holds if one of its keys does: `scope` (the logger), `process` (the child that a line's prefix names, as vLLM's
-``(EngineCore pid=7)``; the actor's class or name, the task, the service), any other key as an attribute of the record or of its
-resource. Values are globs. A printed line that no rule but a catch-all takes follows the process that printed it: it goes where
-the first record of that process went that a rule took. Until there is one the process's lines wait: an engine prints for a minute
-before its library logs a word. They go on when there is one, and to the catch-all when the process has ended, after `WAIT_S`, or
-at the end of the run.
+A rule holds if one of its keys does: `scope` (the logger), `process` (the child that took its own records, or that a line's
+prefix names, as vLLM's ``(EngineCore pid=7)``; the actor's class or name, the task, the service), any other key as an attribute
+of the record or of its resource. Values are globs. A printed line that no rule but a catch-all takes follows the process that
+printed it: it goes where the first record of that process went that a rule took. Until there is one the process's lines wait: an
+engine prints for a minute before its library logs a word. They go on when there is one, and to the catch-all when the process has
+ended, after `WAIT_S`, or at the end of the run.
 """
 
 from __future__ import annotations
@@ -171,13 +171,13 @@ def _holds(
     if key == "scope":
         return row.scope not in _TEXT_SCOPES and globs.match(row.scope) is not None
     if key == "process":
-        return any(globs.match(name) for name in _processes(row, resource, attributes))
+        return any(globs.match(name) for name in _processes(row, resource, {**facts, **attributes}))
     value = attributes.get(key, facts.get(key))
     return value is not None and globs.match(str(value)) is not None
 
 
 def _processes(row: Row, resource: Resource, attributes: dict[str, Any]) -> list[str]:
-    if "skyrl.child" in attributes:
+    if "skyrl.child" in attributes:  # by a line's prefix, or of who takes its own records
         return [str(attributes["skyrl.child"])]  # an actor's child is not the actor
     child = _CHILD.match(row.body) if isinstance(row.body, str) else None  # a line that was cut keeps its prefix
     if child is not None:

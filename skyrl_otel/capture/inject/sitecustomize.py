@@ -1,5 +1,6 @@
-"""Runs first in every Python process under `skyrl-otel run`, by the PYTHONPATH entry that the launcher sets.
+"""Runs first in every Python process under `skyrl-otel run`, and in children of a redirected one (`capture/children.py`).
 
+By the PYTHONPATH entry that the launcher, or the parent, has set.
 Cheap: nothing of ours is imported until the program imports ray or loguru, logs a first record, or is a rank of torchrun.
 Ray's own processes are left alone, and the environment's own `sitecustomize`, which this file hides, is run at the end.
 """
@@ -141,9 +142,28 @@ def _drop_strange_terminal() -> None:
         del os.environ["SKYRL_OTEL_TERMINAL_FD"]
 
 
+def _is_recorded_child() -> bool:
+    """Whether our output goes into the spool under a writer that is our parent, or its parent."""
+    run = os.environ.get("SKYRL_OTEL_CHILD_OF", "")
+    for number in (1, 2) if run else ():
+        try:
+            if os.readlink(f"/proc/self/fd/{number}").startswith(f"{run}/w-"):
+                return True
+        except OSError:
+            pass
+    return False
+
+
 def _start() -> None:
-    if _is_rays_own() or not os.environ.get("SKYRL_OTEL_LAUNCHER"):
+    if _is_rays_own():
         return
+    if os.environ.get("SKYRL_OTEL_LAUNCHER"):
+        _start_launched()
+    elif _is_recorded_child():
+        _watch({"logging": None, "loguru": "watch_records"})
+
+
+def _start_launched() -> None:
     _drop_strange_terminal()
     modules: dict[str, str | None] = {"ray": "watch_imports"}
     rank = os.environ.get("RANK", "")
@@ -152,17 +172,21 @@ def _start() -> None:
     is_silent = is_rank and rank != "0"  # its output is in the spool, under a writer of its own
     if not is_silent:
         modules |= {"logging": None, "loguru": "watch_records"}
-    sys.meta_path.insert(0, _Before(modules))
-    if "logging" in sys.modules and modules.pop("logging", "") is None:
-        _try(_await_record)
-    if "loguru" in sys.modules and modules.pop("loguru", ""):
-        _try(_take_records)
+    _watch(modules)
     if is_rank:
         os.environ["SKYRL_OTEL_RANK_OF"] = str(os.getpid())
         if is_silent:
             from skyrl_otel.capture.attach import attach
 
             attach()
+
+
+def _watch(modules: dict[str, str | None]) -> None:
+    sys.meta_path.insert(0, _Before(modules))
+    if "logging" in sys.modules and modules.pop("logging", "") is None:
+        _try(_await_record)
+    if "loguru" in sys.modules and modules.pop("loguru", ""):
+        _try(_take_records)
 
 
 def _chain() -> None:

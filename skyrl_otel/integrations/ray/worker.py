@@ -21,7 +21,7 @@ from skyrl_otel.spool.layout import RunDir, open_file
 
 POINTER = "skyrl-otel: output of this actor is recorded"
 # A raylet that was started under `skyrl-otel run` hands these on; they are about another process's terminal.
-_NOT_FOR_WORKERS = ("SKYRL_OTEL_LAUNCHER", "SKYRL_OTEL_TERMINAL_FD", "SKYRL_OTEL_ECHO")
+_NOT_FOR_WORKERS = ("SKYRL_OTEL_LAUNCHER", "SKYRL_OTEL_TERMINAL_FD", "SKYRL_OTEL_ECHO", "SKYRL_OTEL_CHILD_OF")
 _ACTOR, _TASK, _JOB = ":actor_name:", ":task_name:", ":job_id:"
 
 # How long the first worker on a node may wait for the cluster's key-value store, which answers in a millisecond.

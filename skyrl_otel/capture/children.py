@@ -1,0 +1,41 @@
+"""Python processes that a redirected one starts anew, as vLLM does its EngineCore by multiprocessing's `spawn`.
+
+They inherit descriptors 1 and 2, so their text is the parent's. So that their records are records, with their loggers, the
+environment leads them to `inject/sitecustomize.py`, which waits there for the first one. It goes by where their
+output leads: a child whose output its parent reads itself is none of ours. What every such child pays is that one file;
+what the environment of this process gets are the folder of that file, in front, and a variable. Where our package cannot
+be imported, as in a child with another environment's interpreter, nothing happens.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from skyrl_otel.spool.layout import RunDir
+
+VARIABLE = "SKYRL_OTEL_CHILD_OF"
+_INJECT = str(Path(__file__).resolve().parent / "inject")
+
+
+def equip(run: RunDir) -> None:
+    """Have the records taken of Python processes started from now on whose output goes into the spool of `run`."""
+    os.environ[VARIABLE] = os.path.realpath(run.path)
+    entries = _entries()
+    if _INJECT not in entries:
+        os.environ["PYTHONPATH"] = os.pathsep.join((_INJECT, *entries))
+
+
+def unequip() -> None:
+    """Take `equip` back."""
+    if os.environ.pop(VARIABLE, None) is None:
+        return
+    entries = [entry for entry in _entries() if entry != _INJECT]
+    if entries:
+        os.environ["PYTHONPATH"] = os.pathsep.join(entries)
+    else:
+        os.environ.pop("PYTHONPATH", None)
+
+
+def _entries() -> list[str]:
+    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
