@@ -36,6 +36,8 @@ if __name__ == "__main__":
     skyrl_otel.attach(role="driver", channel="infra")
     logging.basicConfig(level="INFO", stream=sys.stderr)
     console = logging.StreamHandler()
+    if ATTACH == "unrecorded":
+        del os.environ["SKYRL_OTEL_CHILD_OF"]
     if WAY == "listener":
         listener = logging.handlers.QueueListener(queue, console, logging.NullHandler(), logging.StreamHandler(sys.stdout))
         listener.start()
@@ -54,10 +56,14 @@ if __name__ == "__main__":
 """
 
 
-# Not: plain spawned children with a sibling that handles their records. None of them records, so there is nobody to take them.
+# Not: unrecorded children with a sibling that handles their records. None of them records, so there is nobody to take them.
 WAYS = [
-    *((kind, way) for kind in ("fork plain", "spawn attaching") for way in ("listener", "loggers", "sibling")),
-    *(("spawn plain", way) for way in ("listener", "loggers")),
+    *(
+        (kind, way)
+        for kind in ("fork plain", "spawn plain", "spawn attaching")
+        for way in ("listener", "loggers", "sibling")
+    ),
+    *(("spawn unrecorded", way) for way in ("listener", "loggers")),
 ]
 
 
@@ -81,5 +87,5 @@ def test_a_record_from_another_process_is_taken_once(
     by_role = {folder.facts["role"] for folder, _ in found}
     assert by_role == ({"env"} if attach == "attaching" else {"driver"})
     children = {folder.facts["pid"] for folder, _ in found}
-    assert len(children) == (1 if kind == "spawn plain" else 3), "where the child records, it is its own"
+    assert len(children) == (1 if attach == "unrecorded" else 3), "where the child records, it is its own"
     assert all(folder.text(name) == b"" for folder in written(spool) for name in ("out", "err")), "no echo beside it"
