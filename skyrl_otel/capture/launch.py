@@ -36,8 +36,16 @@ _ALLOWED = (
     "TZ",
 )
 
-_launchers: list[subprocess.Popen[bytes]] = []
-_collectors: list[subprocess.Popen[bytes]] = []
+
+class _Started(subprocess.Popen[bytes]):
+    """One that says nothing when the host ends before it was reaped: `-X dev` would warn of it on the program's stderr."""
+
+    def __del__(self) -> None:
+        pass
+
+
+_launchers: list[_Started] = []
+_collectors: list[_Started] = []
 
 
 def ensure_agent(run: RunDir) -> bool:
@@ -56,7 +64,7 @@ def ensure_agent(run: RunDir) -> bool:
     if _launchers or locks.is_held(run.agent_lock):
         return False
     _launchers.append(
-        subprocess.Popen(
+        _Started(
             # -I -S: no user site, no PYTHON* variables, no site-packages; the agent needs the standard library only.
             [_interpreter(), "-I", "-S", "-c", _BOOT, str(_PACKAGE_ROOT), str(run.path)],
             stdin=subprocess.DEVNULL,
@@ -89,7 +97,7 @@ def start_collector(run: RunDir, log_dir: Path, settings_file: str) -> bool:
         return False
     env = {**os.environ, "SKYRL_OTEL_CONFIG": _absolute(settings_file)}
     _collectors.append(
-        subprocess.Popen(
+        _Started(
             [_interpreter(), "-c", _BOOT_COLLECTOR, str(_PACKAGE_ROOT), str(run.path), str(log_dir)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

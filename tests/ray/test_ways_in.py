@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,18 @@ def test_as_a_submitted_job(site: Path) -> None:
         submit = ["job", "submit", "--address", f"http://127.0.0.1:{port}", "--submission-id", "night-7"]
         environment = ["--runtime-env-json", json.dumps({"env_vars": variables})]
         program = [BIN / "skyrl-otel", "run", "--", sys.executable, site / "train.py"]
-        done = subprocess.run(
-            [BIN / "ray", *submit, *environment, "--", *map(str, program)],
-            env=ray_environment(),
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
+        deadline = time.monotonic() + 60
+        while True:
+            done = subprocess.run(
+                [BIN / "ray", *submit, *environment, "--", *map(str, program)],
+                env=ray_environment(),
+                capture_output=True,
+                text=True,
+                timeout=150,
+            )
+            # The head is ready some seconds before the agent is that starts jobs.
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:
+                break
         assert done.returncode == 0, done.stdout + done.stderr
         assert "training done" in done.stdout.splitlines()
         assert recorded(site) == [("policy line, MINE is from the job", "Policy"), ("training done", None)]
