@@ -393,6 +393,9 @@ print(pid)
 
 
 def test_a_launcher_that_nobody_has_reaped_is_no_warning_of_the_programs(host: Host) -> None:
-    script = "import sys; from skyrl_otel.capture import launch\nlaunch._launchers.append(launch._Started([sys.executable, '-c', '']))"
+    script = (
+        "import sys; from skyrl_otel.capture import launch\n"
+        "launch._launchers.append(launch._Started([sys.executable, '-c', '']))"
+    )
     assert host(script, env={"PYTHONDEVMODE": "1"}).stderr == b""
     assert b"ResourceWarning" in host(script.replace("_Started", "subprocess.Popen"), env={"PYTHONDEVMODE": "1"}).stderr
