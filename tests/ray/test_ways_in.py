@@ -34,8 +34,11 @@ class Policy:
 ray.get(Policy.remote().step.remote())
 print("training done", flush=True)
 """
+# Its agent's port is a fixed one, which another cluster of this machine may have: then no job can be submitted.
 CLUSTER = """
-import sys, ray
+import functools, sys, ray
+import ray._private.parameter as parameter
+parameter.RayParams = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
 ray.init(num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=int(sys.argv[2]), _temp_dir=sys.argv[1])
 print("ready", flush=True)
 sys.stdin.read()
