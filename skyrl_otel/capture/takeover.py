@@ -29,6 +29,7 @@ from skyrl_otel.capture.taker import Take
 
 _installed: dict[str, Any] = {}
 _received = threading.local()
+_own_processes: set[int | None] = {None, os.getpid()}  # what `process` is in a record that was made here
 
 
 def is_installed() -> bool:
@@ -50,6 +51,8 @@ def install(take: Take, console: Console) -> None:
     handler_filter = logging.Handler.filter
     failed = guard.failed
     is_plain = logger_filter is logging.Filterer.filter
+    is_handlers_plain = handler_filter is logging.Filterer.filter
+    own = _own_processes
 
     def filter_of_logger(self: logging.Logger, record: logging.LogRecord, /) -> Any:
         if is_plain and not self.filters:  # what `Filterer.filter` does then
@@ -62,8 +65,8 @@ def install(take: Take, console: Console) -> None:
         return passed
 
     def filter_of_handler(self: logging.Handler, record: logging.LogRecord, /) -> Any:
-        passed = handler_filter(self, record)
-        if passed and record.process not in (None, os.getpid()) and getattr(_received, "record", None) is not record:
+        passed = True if is_handlers_plain and not self.filters else handler_filter(self, record)
+        if passed and record.process not in own and getattr(_received, "record", None) is not record:
             arrived(record)
             take(record)
         if passed and console.modes:
@@ -137,3 +140,11 @@ def _rich(handler: Any, console: Console) -> bool:
         own._file = instead
         handler.console = own
     return True
+
+
+def _in_child() -> None:
+    _own_processes.clear()
+    _own_processes.update((None, os.getpid()))
+
+
+os.register_at_fork(after_in_child=_in_child)
