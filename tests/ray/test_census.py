@@ -136,9 +136,9 @@ class Killer:
 
     def _kill_anywhere(self) -> None:
         while not self._stop.wait(random.uniform(0.2, 0.9)):
+            self._stand_between()  # the launcher writes the true address whenever it has started a collector
             if self.is_holding:
                 continue
-            self._stand_between()  # the launcher writes the true address whenever it has started a collector
             if self.anywhere < AGENT_KILLS // 2:
                 pids = agent_pids(self.run)
                 if pids:
