@@ -53,7 +53,7 @@ def make_take(
     heads: dict[tuple[Any, ...], tuple[bytes, bytes, int]] = {}
     pack_times, pack_header = _pack_times, _pack_header
     write, modules, join = os.write, sys.modules, b"".join
-    log_record, plain_count, longest = logging.LogRecord, encode.PLAIN_COUNT, encode.MESSAGE_BYTES
+    log_record, plain_count, longest, most = logging.LogRecord, encode.PLAIN_COUNT, encode.MESSAGE_BYTES, SEGMENT_BYTES
     takes = lru_cache(_MOST_PLACES)(levels.takes) if levels else None
     active_context: Callable[[], Any] | None = None
 
@@ -105,11 +105,13 @@ def make_take(
             if active_context is None and "opentelemetry.trace" in modules:
                 active_context = _context_reader()
             in_context = active_context is not None and active_context()
-            now = time_ns()
+            # Observed when it was made, as OpenTelemetry has it of its own SDK's records; the clock is not asked twice.
             try:
-                times = pack_times(0x09, trunc(created * 1e9), 0x59, now)
+                time = trunc(created * 1e9) or time_ns()
+                times = pack_times(0x09, time, 0x59, time)
             except Exception:  # whatever somebody made of it
-                times = pack_times(0x09, now, 0x59, now)
+                time = time_ns()
+                times = pack_times(0x09, time, 0x59, time)
             # Last: once its `__dict__` was asked for, each attribute of a record costs CPython 3.11 ten times as much.
             if record.exc_info or record.stack_info or in_context or len(record.__dict__) != plain_count:
                 if is_known is not None and "extra" in record.__dict__ and is_known(record):
@@ -134,8 +136,8 @@ def make_take(
                     return records.rescue(frame, None)
             except OSError as error:
                 return records.rescue(frame, error)
-            records.size_bytes += size
-            if records.size_bytes > SEGMENT_BYTES:
+            records.size_bytes = held = records.size_bytes + size
+            if held > most:
                 records.next_segment()
             return True
         except Exception as error:

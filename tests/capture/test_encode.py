@@ -102,7 +102,9 @@ def test_a_record_comes_back(
     assert nan_as_text(first.attributes) == nan_as_text(got.attributes)
     assert (got.scope, got.body, got.level) == (clean(name), clean(message), clean(logging.getLevelName(level)))
     assert 0 <= got.severity <= 24
-    assert got.raw.time_unix_nano == int(created * 1e9) and got.raw.observed_time_unix_nano > 1e18
+    stated = int(created * 1e9)
+    assert got.raw.time_unix_nano == stated if stated else got.raw.time_unix_nano > 1e18
+    assert got.raw.observed_time_unix_nano == got.raw.time_unix_nano
     attributes = dict(got.attributes)
     assert attributes.pop("code.file.path") == clean(path) and attributes.pop("code.line.number") == line
     assert attributes.pop("code.function.name") == clean(function)
