@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +77,16 @@ def ensure_agent(run: RunDir) -> bool:
         )
     )
     return True
+
+
+def await_launchers(timeout_s: float) -> None:
+    """Wait until the launchers started here have let go of their agents, or so long.
+
+    Ray ends a worker's children when it ends the worker: a launcher of a job that is over in a moment, too.
+    """
+    for launcher in list(_launchers):
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(timeout_s)
 
 
 def start_collector(run: RunDir, log_dir: Path, settings_file: str) -> bool:

@@ -27,6 +27,9 @@ _ACTOR, _TASK, _JOB = ":actor_name:", ":task_name:", ":job_id:"
 # How long the first worker on a node may wait for the cluster's key-value store, which answers in a millisecond.
 _KV_S = 1.0
 
+# How long it may wait for the agent's launcher, which is an interpreter's start: 0.05 s.
+_LAUNCH_S = 1.0
+
 # A worker's start is over by then, as a rule.
 _REST_S = 0.2
 
@@ -139,6 +142,9 @@ def _open_node(running: Runtime) -> None:
             and (found := kv.get_shipping(running.run.run_id, job_id, _KV_S)) is not None
         ):
             token.write(running.run, found)
+    from skyrl_otel.capture import launch
+
+    launch.await_launchers(_LAUNCH_S)
 
 
 class Rest:
