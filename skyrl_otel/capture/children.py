@@ -21,21 +21,18 @@ _INJECT = str(Path(__file__).resolve().parent / "inject")
 def equip(run: RunDir) -> None:
     """Have the records taken of Python processes started from now on whose output goes into the spool of `run`."""
     os.environ[VARIABLE] = os.path.realpath(run.path)
-    entries = _entries()
-    if _INJECT not in entries:
-        os.environ["PYTHONPATH"] = os.pathsep.join((_INJECT, *entries))
+    path = os.environ.get("PYTHONPATH", "")
+    if _INJECT not in path.split(os.pathsep):
+        # What follows stays as it is: an empty entry (":/mine") is the folder the child starts in.
+        os.environ["PYTHONPATH"] = f"{_INJECT}{os.pathsep}{path}" if path else _INJECT
 
 
 def unequip() -> None:
     """Take `equip` back."""
     if os.environ.pop(VARIABLE, None) is None:
         return
-    entries = [entry for entry in _entries() if entry != _INJECT]
-    if entries:
-        os.environ["PYTHONPATH"] = os.pathsep.join(entries)
-    else:
-        os.environ.pop("PYTHONPATH", None)
-
-
-def _entries() -> list[str]:
-    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    path = os.environ.get("PYTHONPATH", "")
+    if path == _INJECT:
+        del os.environ["PYTHONPATH"]
+    elif path:
+        os.environ["PYTHONPATH"] = path.removeprefix(f"{_INJECT}{os.pathsep}")

@@ -90,6 +90,26 @@ subprocess.run([sys.executable, "-c", "print('child')"], check=True)
     assert parent.text() == b"the user's own\nchild\n"
 
 
+def test_an_empty_entry_of_the_path_is_still_the_childs_folder(host: Host, spool: Path, tmp_path: Path) -> None:
+    """As `PYTHONPATH=$PYTHONPATH:/mine` makes one where there was none."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "mine.py").write_text("print('found')")
+    (tmp_path / "below" / "program.py").write_text("import mine")
+    host(
+        f"""
+import os
+os.environ["PYTHONPATH"] = os.pathsep + os.environ["PYTHONPATH"]
+before = os.environ["PYTHONPATH"]
+{PARENT}
+subprocess.run([sys.executable, "below/program.py"], cwd={str(tmp_path)!r}, check=True)
+skyrl_otel.detach()
+assert os.environ["PYTHONPATH"] == before
+"""
+    )
+    [parent] = written(spool)
+    assert parent.text() == b"found\n"
+
+
 def test_detach_gives_the_environment_back(host: Host, spool: Path) -> None:
     done = host(
         f"""
