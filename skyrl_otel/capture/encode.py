@@ -1,7 +1,7 @@
 """What a Python program says in a record, as the bytes of one OTLP `ScopeLogs`: `opentelemetry/proto/logs/v1/logs.proto`.
 
 Made by concatenation, because it runs inside every log call of a training process. The parts that all records of a place
-in the source share, and those that all records of a thread share, are encoded once; `handler.py` keeps them.
+in the source share, and those that all records of a thread share, are encoded once; `taker.py` keeps them.
 Whatever a value is, it becomes something: nothing here raises, and a lone surrogate becomes a question mark.
 """
 

@@ -75,7 +75,7 @@ class Records:
             self._enter(folder)
 
     def write(self, frame: bytes) -> bool:
-        """Append one frame; whether all of it was taken. The hot path in `handler.py` has these lines in it."""
+        """Append one frame; whether all of it was taken. The hot path in `taker.py` has these lines in it."""
         try:
             if os.write(self.fd, frame) == len(frame):
                 self.size_bytes += len(frame)

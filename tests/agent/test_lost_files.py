@@ -92,8 +92,7 @@ def test_a_rotated_file_is_not_left_before_its_last_byte_is_acknowledged(spool_r
     batch.undo()
     again = build([agent])
     assert [record.body for record in decode(again.body) if not record.event] == ["one"]
-    for move in again.moves:
-        move.file.accept(move.to)
+    again.accept()
     agent.observe(3 * SECOND)
     agent.observe(4 * SECOND)
     assert [record.body for record in decode(build([agent]).body) if not record.event] == ["two"]

@@ -85,8 +85,7 @@ def test_in_a_followed_file_the_echo_stays_and_is_read_over(host: Host, spool: P
         agent.observe(now)
         batch = build([agent])
         bodies += [record.body for record in decode(batch.body) if not record.event]
-        for move in batch.moves:
-            move.file.accept(move.to)
+        batch.accept()
     agent.close()
     wanted = [f"printed {n}" for n in range(100)] + [f"logged {n}" for n in range(100)]
     wanted += [f"thread {name} {n}" for name in range(4) for n in range(500)]
@@ -127,8 +126,7 @@ for number in range(50):
         agent.observe(now)
         batch = build([agent])
         bodies += [record.body for record in decode(batch.body) if not record.event]
-        for move in batch.moves:
-            move.file.accept(move.to)
+        batch.accept()
     agent.close()
     assert sorted(bodies) == sorted(f"{word} {number}" for number in range(50) for word in ("logged", "printed"))
 
